@@ -1,0 +1,95 @@
+"""The one road from an operator to its kernels: define() registers it, needs_grad() gates autograd, cpp() finds the C++."""
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+_LIB = torch.library.Library("minkernels", "FRAGMENT")  # a fragment: _ops.so defines its private operators in the same space
+PATH = Path(__file__).with_name("_ops.so")
+BUILD = "python -m minkernels build"
+
+
+def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: str, cuda: str, flops: Callable | None = None):
+    """Registers minkernels::name and returns it. cpu and cuda name a "module:function" that is imported at the first call."""
+    _LIB.define(name + schema)
+    _LIB.impl(name, reference, "CompositeExplicitAutograd")  # every device that has no kernel of its own
+    _LIB.impl(name, _first_call(lambda: _resolve(cpu) if cpp() else reference), "CPU")
+    _LIB.impl(name, _first_call(lambda: _resolve(cuda)), "CUDA")
+    torch.library.register_fake(f"minkernels::{name}", fake, lib=_LIB)
+    op = getattr(torch.ops.minkernels, name)
+    if flops is not None:
+        register_flop_formula(op)(flops)
+    return op.default
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether autograd must see this call; forward-mode AD (torch.func.jvp) does not show in requires_grad."""
+    return forward_ad._current_level >= 0 or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def once_differentiable(op: Callable) -> Callable:
+    """op for a backward to call: a derivative of its results raises, where PyTorch would silently take it for zero."""
+
+    class Once(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *_):
+            raise RuntimeError(f"{op} has no derivative: second derivatives are not implemented")
+
+    def call(*args):
+        return Once.apply(*args) if needs_grad(*(a for a in args if isinstance(a, Tensor))) else op(*args)
+
+    return call
+
+
+def cpp() -> bool:
+    """Whether the C++ library is loaded; warns once where it was never built, raises where it is broken."""
+    reason = cpp_missing()
+    if reason:
+        warnings.warn(f"minkernels: {reason}; CPU tensors take the slow reference road. To build it: {BUILD}", stacklevel=2)
+    return not reason
+
+
+@functools.cache
+def cpp_missing() -> str:
+    """Loads _ops.so, once. Empty if it is there, else why not."""
+    if not PATH.exists():
+        return f"the C++ library is not built ({PATH.name} is not in {PATH.parent})"
+    try:
+        torch.ops.load_library(PATH)
+    except OSError as error:
+        raise ImportError(f"{PATH} does not load under torch {torch.__version__}: {error}. To rebuild it: {BUILD}") from error
+    return ""
+
+
+def _resolve(path: str) -> Callable:
+    module, function = path.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _first_call(find: Callable[[], Callable]) -> Callable:
+    kernel = None
+
+    def call(*args):
+        nonlocal kernel
+        if kernel is None:
+            kernel = find()
+        return kernel(*args)
+
+    return call

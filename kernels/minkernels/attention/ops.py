@@ -76,10 +76,6 @@ def _check(q, k, v, causal, key_mask, scale):
             raise ValueError(f"scale must be finite, got {scale}")
 
 
-def _lse_like(q):
-    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
 def _fwd_flops(q, k, v, *_, **__):  # shapes; a causal mask is not counted, as for F.scaled_dot_product_attention
     B, H, M, D = q
     return 2 * B * H * M * v[2] * (D + v[3])
@@ -93,7 +89,7 @@ def _bwd_flops(do, q, k, v, *_, **__):
 _fwd = define(
     "attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, bool causal, float scale) -> (Tensor o, Tensor lse)",
-    fake=lambda q, k, v, *_: (reference.like(q, v.shape[-1]), _lse_like(q)),
+    fake=lambda q, k, v, *_: (reference.like(q, v.shape[-1]), reference.lse_like(q)),
     reference=reference.fwd,
     cpu="minkernels.attention._cpu:fwd",
     cuda="minkernels.attention._triton:fwd",

@@ -22,13 +22,17 @@ def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
 
 
 def like(q, Dv):
-    """An empty (B, H, M, Dv), dense in q's dimension order, so that transpose(1, 2).flatten(2) copies nothing if q was (B, M, H, D)."""
+    """An empty (B, H, M, Dv), dense in q's dimension order: where q was (B, M, H, D), transpose(1, 2).flatten(2) copies nothing."""
     B, H, M, D = q.shape
     if Dv == D:
         return torch.empty_like(q)
     if q.stride(1) < q.stride(2):
         return q.new_empty((B, M, H, Dv)).transpose(1, 2)
     return q.new_empty((B, H, M, Dv))
+
+
+def lse_like(q):
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _scores(q, k, key_mask, causal, scale):

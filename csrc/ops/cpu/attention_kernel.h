@@ -1,0 +1,204 @@
+// Attention on one level. Keys that no query may see are left out when the rest is packed, so each query's keys are a prefix of the
+// packed ones, whatever the mask. Everything is computed with these operands (product.h), per key head or query head:
+//   kt, vt: keys, values transposed, in panels of COLS keys: [panel][word of d][key]      kn, vn: as rows of a b operand: [word of key][d]
+//   qt, dot: queries, do transposed, as natural rows: [d][word of query]
+// Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
+#include "product.h"
+
+constexpr int64_t KEYS = 128;        // keys of a step of the forward, and of a packing task
+constexpr int64_t QUERIES = 48;      // queries of a task of the forward: a tile of scores, 24 kB, stays in L1
+constexpr int64_t BWD_KEYS = 64;     // keys of a task of the backward
+constexpr int64_t BWD_QUERIES = 96;  // queries of a step of the backward
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+INLINE T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
+  return (T*)x.data + b * x.b + h * x.h + row * x.row;
+}
+
+// How many of the packed keys query i sees.
+INLINE int64_t limit(const Attention& a, const int32_t* seen, int64_t i) {
+  int64_t end = a.causal ? i + a.N - a.M + 1 : a.N;
+  return seen[end < 0 ? 0 : min(end, a.N)];
+}
+
+template <class T>
+struct Sizes {  // of the operands, in words or accumulators, for one head
+  int64_t dw, dvw, dp, dvp, keys, mw, d6, dv6;
+  Sizes(const Attention& a)
+      : dw(words<T>(a.D)), dvw(words<T>(a.Dv)), dp(round_up(a.D, vector<acc_t<T>>::lanes)), dvp(round_up(a.Dv, vector<acc_t<T>>::lanes)),
+        keys(round_up(a.N, KEYS)), mw(words<T>(round_up(a.M, ROWS))), d6(round_up(a.D, ROWS)), dv6(round_up(a.Dv, ROWS)) {}
+};
+
+// Scratch memory handed out piece by piece, each on a cache line of its own.
+struct Pieces {
+  char* next;
+  template <class X>
+  X* take(int64_t n) {
+    char* p = next;
+    next += round_up(n * sizeof(X), 64);
+    return (X*)p;
+  }
+};
+template <class T>
+struct Forward {
+  word_t<T>* q;
+  acc_t<T>*s, *o, *m, *l, *factor;
+  char* end;
+  Forward(const Sizes<T>& z, char* scratch) {
+    Pieces p{scratch};
+    q = p.take<word_t<T>>(QUERIES * z.dw), s = p.take<acc_t<T>>(QUERIES * KEYS), o = p.take<acc_t<T>>(QUERIES * z.dvp);
+    m = p.take<acc_t<T>>(QUERIES), l = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
+    end = p.next;
+  }
+};
+
+// Natural rows of n elements each, from(i) telling where row i lies; rows up to a multiple of ROWS, or of `multiple`, become zero.
+template <class T, class F>
+INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int64_t n, int64_t rows, int64_t multiple) {
+  for (int64_t i = 0; i < rows; i++) pack_row(to + i * to_row, from(i), stride, n);
+  for (int64_t i = rows; i < round_up(rows, multiple); i++) __builtin_memset(to + i * to_row, 0, to_row * sizeof *to);
+}
+
+// Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
+template <class T>
+static void pack_keys(const Attention& a, const View& x, int64_t b, int64_t h, int64_t first, int64_t n, int64_t d, word_t<T>* panels,
+                      word_t<T>* rows, int64_t rows_width, char* scratch) {
+  using W = word_t<T>;
+  int64_t dw = words<T>(d);
+  const int32_t* keys = a.keys_of(b) + first;
+  W* natural = (W*)scratch;
+  pack_rows<T>(natural, dw, [&](int64_t i) { return row_of<T>(x, b, h, keys[i]); }, x.d, d, n, COLS<acc_t<T>>);
+  if (panels)
+    for (int64_t j = 0; j < n; j += COLS<acc_t<T>>)
+      transpose(natural + j * dw, dw, COLS<acc_t<T>>, dw, panels + (first + j) * dw, COLS<acc_t<T>>);
+  if (rows) {
+    rows += first / operand<T>::pack * rows_width;
+    for (int64_t i = 0; i < words<T>(n); i++, rows += rows_width) {
+#if LEVEL_BF16_DOT
+      if constexpr (operand<T>::pack == 2)
+        interleave(rows, natural + 2 * i * dw, natural + (2 * i + 1) * dw, d);
+      else
+#endif
+        __builtin_memcpy(rows, natural + i * dw, d * sizeof(W));
+      __builtin_memset(rows + d, 0, (rows_width - d) * sizeof(W));
+    }
+  }
+}
+
+template <class T>
+static void forward_plan(Attention& a) {
+  using W = word_t<T>;
+  Sizes<T> z(a);
+  int64_t heads = a.B * a.Hkv, chunks = (a.N + KEYS - 1) / KEYS;
+  Pieces p{nullptr};
+  a.kt = (int64_t)p.take<W>(heads * z.keys * z.dw);
+  a.vn = (int64_t)p.take<W>(heads * words<T>(z.keys) * z.dvp);
+  a.work_bytes = (int64_t)p.next;
+  int64_t natural = KEYS * (z.dw > z.dvw ? z.dw : z.dvw) * sizeof(W), task = Forward<T>(z, nullptr).end - (char*)nullptr;
+  a.scratch_bytes = natural > task ? natural : task;
+  a.pack_tasks = heads * chunks;
+  a.tasks = a.B * a.H * ((a.M + QUERIES - 1) / QUERIES);
+}
+
+template <class T>
+static void forward_pack(const Attention& a, int64_t task, char* scratch) {
+  using W = word_t<T>;
+  Sizes<T> z(a);
+  int64_t heads = a.B * a.Hkv, head = task % heads, b = head / a.Hkv, h = head % a.Hkv, first = task / heads * KEYS;
+  int64_t n = min(a.seen_of(b)[a.N] - first, KEYS);
+  if (n <= 0) return;
+  pack_keys<T>(a, a.k, b, h, first, n, a.D, (W*)(a.work + a.kt) + head * z.keys * z.dw, nullptr, 0, scratch);
+  pack_keys<T>(a, a.v, b, h, first, n, a.Dv, nullptr, (W*)(a.work + a.vn) + head * words<T>(z.keys) * z.dvp, z.dvp, scratch);
+}
+
+// One row of a tile of scores becomes probabilities, in place and as words, relative to the running maximum m (in log2 units). The
+// first `hi` of n columns count. Returns the factor by which what was summed so far shrinks.
+template <class T, class A>
+INLINE A softmax_row(A* s, int64_t n, int64_t hi, A scale, A& m, A& l) {
+  constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
+  word_t<T>* p = (word_t<T>*)s;
+  if (hi <= 0) {
+    __builtin_memset(p, 0, n / PACK * sizeof *p);
+    return 1;
+  }
+  for (int64_t j = hi; j < n; j++) s[j] = -__builtin_inf();
+  vec<A> top = load(s);
+  for (int64_t j = L; j < n; j += L) top = max(load(s + j), top);
+  A m_new = lanes_max(top) * scale;
+  m_new = m_new > m ? m_new : m;
+  vec<A> sum[PACK] = {}, by = splat(scale);
+  vec<A> shift = splat(m_new > -__builtin_inf() ? m_new : A(0));  // no score above -inf so far: avoid inf - inf
+  for (int64_t j = 0; j < n; j += PACK * L) {
+    vec<A> x[PACK];
+#pragma GCC unroll 2
+    for (int i = 0; i < PACK; i++) sum[i] += x[i] = exp2(load(s + j + i * L) * by - shift);
+    pack_scores<T>(p, j, x);
+  }
+  A factor = exp2(splat(m) - shift)[0];
+  m = m_new;
+  l = l * factor + lanes_sum(PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]);
+  return factor;
+}
+
+template <class T>
+static void forward_task(const Attention& a, int64_t task, char* scratch) {
+  using W = word_t<T>;
+  using A = acc_t<T>;
+  Sizes<T> z(a);
+  Forward<T> f(z, scratch);
+  int64_t heads = a.B * a.H, head = task % heads, b = head / a.H, h = head % a.H, kv_head = b * a.Hkv + h / (a.H / a.Hkv);
+  int64_t i0 = ((a.M + QUERIES - 1) / QUERIES - 1 - task / heads) * QUERIES;  // the last queries first: they see the most keys
+  int64_t rows = min(a.M - i0, QUERIES), padded = round_up(rows, ROWS);
+  const int32_t* seen = a.seen_of(b);
+  const W *kt = (W*)(a.work + a.kt) + kv_head * z.keys * z.dw, *vn = (W*)(a.work + a.vn) + kv_head * words<T>(z.keys) * z.dvp;
+
+  pack_rows<T>(f.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, b, h, i0 + i); }, a.q.d, a.D, rows, ROWS);
+  A scale = A(a.scale * LOG2E);
+  if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
+    for (int64_t i = 0; i < padded * z.dw; i++) f.q[i] = negate(f.q[i]);
+    scale = -scale;
+  } else if (scale == 0) {  // and 0 * -inf is NaN
+    __builtin_memset(f.q, 0, padded * z.dw * sizeof(W));
+    scale = 1;
+  }
+  for (int64_t i = 0; i < padded; i++) f.m[i] = -__builtin_inf(), f.l[i] = 0, f.factor[i] = 0;
+
+  int64_t end = limit(a, seen, i0 + rows - 1);
+  for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
+    int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * operand<T>::pack);
+    product<Start::zero>(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
+    for (int64_t i = 0; i < rows; i++)
+      f.factor[i] = softmax_row<T>(f.s + i * KEYS, n, min(limit(a, seen, i0 + i) - j0, keys), scale, f.m[i], f.l[i]);
+    const W *p = (W*)f.s, *v = vn + j0 / operand<T>::pack * z.dvp;
+    if (j0 == 0)
+      product<Start::zero>(rows, a.Dv, words<T>(keys), p, KEYS, v, z.dvp, COLS<A>, f.o, z.dvp);
+    else
+      product<Start::scale>(rows, a.Dv, words<T>(keys), p, KEYS, v, z.dvp, COLS<A>, f.o, z.dvp, f.factor);
+  }
+  if (end == 0) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));
+
+  A* lse = (A*)a.lse + (b * a.H + h) * a.M + i0;
+  for (int64_t i = 0; i < rows; i++) {
+    A l = f.l[i];  // 0: a query that sees no key gives zeros, and lse = -inf
+    narrow_row(row_of<T>(a.o, b, h, i0 + i), a.o.d, f.o + i * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
+    lse[i] = l > 0 ? A((f.m[i] + __builtin_log2(double(l))) * LN2) : l == l ? A(-__builtin_inf()) : l;
+  }
+}
+
+#include "attention_backward.h"
+
+template <class T>
+constexpr AttentionKernels both_ways[2] = {{forward_plan<T>, forward_pack<T>, forward_task<T>},
+                                           {backward_plan<T>, backward_pack<T>, backward_task<T>}};
+static const AttentionKernels* attention_kernels(Dtype dtype) {  // forward, backward
+  switch (dtype) {
+    case Dtype::f16: return both_ways<half>;
+    case Dtype::bf16: return both_ways<bfloat16>;
+    case Dtype::f32: return both_ways<float>;
+    case Dtype::f64: return both_ways<double>;
+  }
+  return nullptr;
+}

@@ -1,0 +1,59 @@
+// Includes KERNEL, a file name, once per instruction set, each time in a namespace of its own. LEVELS(f) lists f at every level,
+// in the order of level(), which picks one at run time. Another level is one block here and one entry in library.cpp.
+//
+// KERNEL must not include std or torch headers: their inline functions would be compiled for the level, and the linker might
+// keep that copy for everybody. Pragmas and not flags, for the same reason.
+
+#include "vec_includes.h"
+
+#define LEVEL_BF16_DOT 0
+
+#define LEVEL_BYTES 16  // a vector register
+#define LEVEL_VECS 2    // of a tile of the product: 6 rows x 2 registers, in 16 registers
+namespace minkernels::plain {
+#include "vec.h"
+#include KERNEL
+}  // namespace minkernels::plain
+#undef LEVEL_BYTES
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define LEVELS(f) {minkernels::plain::f, minkernels::avx2::f, minkernels::avx512::f, minkernels::avx512_bf16::f}
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define LEVEL_BYTES 32
+namespace minkernels::avx2 {
+#include "vec.h"
+#include KERNEL
+}  // namespace minkernels::avx2
+#undef LEVEL_BYTES
+#undef LEVEL_VECS
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#define LEVEL_BYTES 64
+#define LEVEL_VECS 4  // 6 rows x 4 registers, in 32 registers
+namespace minkernels::avx512 {
+#include "vec.h"
+#include KERNEL
+}  // namespace minkernels::avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#undef LEVEL_BF16_DOT
+#define LEVEL_BF16_DOT 1
+namespace minkernels::avx512_bf16 {
+#include "vec.h"
+#include KERNEL
+}  // namespace minkernels::avx512_bf16
+#undef LEVEL_BYTES
+#pragma GCC pop_options
+
+#else
+#define LEVELS(f) {minkernels::plain::f}
+#endif
+
+#undef LEVEL_VECS
+#undef LEVEL_BF16_DOT

@@ -1,0 +1,179 @@
+// Matrix products in registers, and the operand layouts that they read. A word holds the consecutive elements of the reduction that one
+// instruction multiplies: one float, one double, or, where the level has a bfloat16 dot product, two bfloat16.
+//
+// product() computes c (rows x cols) = [c *] + a b for
+//   a: rows of words, the reduction along the row ("natural");
+//   b: one row of words per step of the reduction, the columns along the row.
+
+template <class T>
+struct operand {
+  using word = typename accumulator<T>::type;
+  static constexpr int pack = 1;
+};
+#if LEVEL_BF16_DOT
+template <>
+struct operand<bfloat16> {
+  using word = uint32_t;
+  static constexpr int pack = 2;
+};
+#endif
+template <class T>
+using word_t = typename operand<T>::word;
+template <class T>
+using acc_t = typename accumulator<T>::type;
+
+constexpr int ROWS = 6;  // of a register tile; its columns are LEVEL_VECS registers
+template <class C>
+constexpr int COLS = LEVEL_VECS * vector<C>::lanes;
+
+constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+template <class T>
+constexpr int64_t words(int64_t n) {
+  return (n + operand<T>::pack - 1) / operand<T>::pack;
+}
+
+INLINE f32 madd(f32 acc, f32 a, f32 b) { return acc + a * b; }
+INLINE f64 madd(f64 acc, f64 a, f64 b) { return acc + a * b; }
+#if LEVEL_BF16_DOT
+INLINE f32 madd(f32 acc, u32 a, u32 b) { return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
+#endif
+
+template <class X, class Y>
+constexpr bool same = false;
+template <class X>
+constexpr bool same<X, X> = true;
+
+enum class Start { zero, add, scale };  // c = a b, c += a b, c = factor[row] c + a b
+
+template <int R, int V, Start start, class W, class A>
+static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row, const A* factor) {
+  constexpr int L = vector<A>::lanes;
+  vec<A> acc[R][V] = {};
+  for (int64_t s = 0; s < steps; s++, b += b_step) {
+    vec<W> column[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) column[v] = load(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+      vec<W> x = splat(a[r * a_row + s]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], x, column[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      A* to = c + r * c_row + v * L;
+      if constexpr (start == Start::add) acc[r][v] += load(to);
+      if constexpr (start == Start::scale) acc[r][v] += load(to) * splat(factor[r]);
+      store(to, acc[r][v]);
+    }
+}
+
+// One column of tiles, V registers wide. Every row of c up to a multiple of ROWS is computed (a has them), but for a single row.
+template <int V, Start start, class W, class A>
+static void tiles(int64_t rows, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row,
+                  const A* factor) {
+  if (rows == 1) return tile<1, V, start>(a, a_row, b, b_step, steps, c, c_row, factor);
+  for (int64_t r = 0; r < rows; r += ROWS)
+    tile<ROWS, V, start>(a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row, factor ? factor + r : factor);
+}
+
+// b_panel: the distance from one COLS wide panel of b to the next; cols is rounded up to whole registers, in b and in c.
+template <Start start, class W, class A>
+static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
+                    A* c, int64_t c_row, const A* factor = nullptr) {
+  constexpr int L = vector<A>::lanes;
+  constexpr int64_t CHAIN = 64;  // longer sums of full precision are added up from parts, which halves their rounding error
+  if (same<W, A> && steps > CHAIN) {
+    product<start>(rows, cols, CHAIN, a, a_row, b, b_step, b_panel, c, c_row, factor);
+    return product<Start::add>(rows, cols, steps - CHAIN, a + CHAIN, a_row, b + CHAIN * b_step, b_step, b_panel, c, c_row);
+  }
+  for (int64_t j = 0; j < cols; j += COLS<A>, b += b_panel, c += COLS<A>) {
+    int64_t registers = (cols - j + L - 1) / L;
+    if (registers >= LEVEL_VECS)
+      tiles<LEVEL_VECS, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+    else if (registers == 1)
+      tiles<1, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+#if LEVEL_VECS == 4
+    else if (registers == 2)
+      tiles<2, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+    else
+      tiles<3, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+#endif
+  }
+}
+
+// Packing. A natural row of n elements: words(n) of them, the last one padded with zero.
+template <class T>
+INLINE void pack_row(word_t<T>* to, const T* from, int64_t stride, int64_t n) {
+  if constexpr (operand<T>::pack == 1) {
+    widen_row(to, from, stride, n);
+  } else {
+    uint16_t* bits = (uint16_t*)to;
+    if (n & 1) bits[n] = 0;
+    if (stride == 1)
+      __builtin_memcpy(bits, from, n * sizeof(T));
+    else
+      for (int64_t i = 0; i < n; i++) bits[i] = from[i * stride].bits;
+  }
+}
+
+INLINE float negate(float x) { return -x; }
+INLINE double negate(double x) { return -x; }
+INLINE uint32_t negate(uint32_t x) { return x ^ 0x80008000; }
+
+// Accumulators as the elements of a natural row; n a multiple of pack registers.
+template <class T>
+INLINE void pack_scores(word_t<T>* to, int64_t i, const vec<acc_t<T>>* x) {
+#if LEVEL_BF16_DOT
+  if constexpr (operand<T>::pack == 2) {
+    store(to + i / 2, (u32)_mm512_cvtne2ps_pbh((__m512)x[1], (__m512)x[0]));
+    return;
+  } else
+#endif
+    store(to + i, x[0]);
+}
+
+// Two natural rows as one row of a b operand: word j holds element j of both.
+#if LEVEL_BF16_DOT
+INLINE void interleave(uint32_t* to, const uint32_t* row0, const uint32_t* row1, int64_t n) {
+  const uint16_t *x = (const uint16_t*)row0, *y = (const uint16_t*)row1;
+  for (int64_t j = 0; j < n; j++) to[j] = uint32_t(x[j]) | uint32_t(y[j]) << 16;
+}
+INLINE u32 interleave(f32 row0, f32 row1) {  // the same for accumulators
+  constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return (u32)_mm512_permutexvar_epi16((__m512i)load(order), (__m512i)_mm512_cvtne2ps_pbh((__m512)row1, (__m512)row0));
+}
+#endif
+
+// Transposes: blocks of lanes x lanes in registers, by swapping ever smaller off-diagonal blocks; the rest word by word.
+template <int K, class V, int... E>
+INLINE void swap_blocks(V& x, V& y, indices<E...>) {
+  constexpr int L = sizeof...(E);
+  V lo = __builtin_shufflevector(x, y, (E & K ? E - K + L : E)...), hi = __builtin_shufflevector(x, y, (E & K ? E + L : E + K)...);
+  x = lo, y = hi;
+}
+template <int K, class V, int L>
+INLINE void transpose_registers(V (&x)[L]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++)
+    if (!(i & K)) swap_blocks<K>(x[i], x[i | K], typename make_indices<L>::type{});
+  if constexpr (K > 1) transpose_registers<K / 2>(x);
+}
+template <class W>
+static void transpose(const W* from, int64_t from_row, int64_t rows, int64_t cols, W* to, int64_t to_row) {
+  constexpr int L = vector<W>::lanes;
+  int64_t whole_rows = rows / L * L, whole_cols = cols / L * L;
+  for (int64_t i = 0; i < whole_rows; i += L)
+    for (int64_t j = 0; j < whole_cols; j += L) {
+      vec<W> x[L];
+      for (int l = 0; l < L; l++) x[l] = load(from + (i + l) * from_row + j);
+      transpose_registers<L / 2>(x);
+      for (int l = 0; l < L; l++) store(to + (j + l) * to_row + i, x[l]);
+    }
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; j++) to[j * to_row + i] = from[i * from_row + j];
+}

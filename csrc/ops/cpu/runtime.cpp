@@ -1,0 +1,82 @@
+#include "runtime.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace minkernels {
+
+static const char* const level_names[] = {"plain", "avx2", "avx512", "avx512_bf16"};  // in the order of LEVELS
+
+static int best_level() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+int level() {
+  static const int best = best_level();
+  const char* name = std::getenv("MINKERNELS_CPU_LEVEL");  // read at each call, so that tests can lower it
+  if (name && *name)
+    for (int i = 0; i < best; i++)
+      if (!std::strcmp(name, level_names[i])) return i;
+  return best;
+}
+
+Dtype dtype_of(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::Double: return Dtype::f64;
+    default: throw std::runtime_error("minkernels: a float dtype was expected");
+  }
+}
+
+constexpr size_t huge_page = 2 << 20, worth_it = 4 << 20;
+
+void advise_huge_pages(void* p, size_t bytes) {
+#if defined(__linux__)
+  if (bytes < worth_it) return;
+  uintptr_t begin = (uintptr_t(p) + huge_page - 1) / huge_page * huge_page, end = (uintptr_t(p) + bytes) / huge_page * huge_page;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: where it is not taken, only time is lost
+#endif
+}
+
+Memory allocate(size_t bytes) {
+  size_t align = bytes < worth_it ? 64 : huge_page;
+  char* p = (char*)std::aligned_alloc(align, (bytes + align) / align * align);
+  if (!p) throw std::bad_alloc();
+  advise_huge_pages(p, bytes);
+  return Memory(p);
+}
+
+static std::string cpu_level() { return level_names[level()]; }
+static std::string build_info() {
+  return "g++ " __VERSION__;
+}
+
+}  // namespace minkernels
+
+// The library's private operators: Python's CPU functions call them after every check was made. Outputs are allocated above.
+STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
+  m.def("_cpu_level() -> str");
+  m.def("_build_info() -> str");
+}
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_level", TORCH_BOX(&minkernels::cpu_level));
+  m.impl("_build_info", TORCH_BOX(&minkernels::build_info));
+}

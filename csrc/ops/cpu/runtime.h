@@ -1,0 +1,44 @@
+// What the operators share: tensors as pointers, the level, memory, and threads.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "vec_includes.h"
+
+namespace minkernels {
+
+using torch::stable::Tensor;
+
+int level();  // an index into LEVELS: the best that this machine has, or what MINKERNELS_CPU_LEVEL names if that is lower
+
+Dtype dtype_of(const Tensor& t);
+
+// Fresh memory of 4 MB and more costs more in page faults than the kernels take to fill it: ask for huge pages.
+void advise_huge_pages(void* p, size_t bytes);
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
+
+// f(task, scratch) for every task, started in ascending order: each thread takes the next one when it is done with its last.
+template <class F>
+void run_tasks(int64_t tasks, size_t scratch_bytes, const F& f) {
+  std::atomic<int64_t> next{0};
+  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    thread_local Memory scratch;
+    thread_local size_t size = 0;
+    if (size < scratch_bytes) scratch = allocate(size = scratch_bytes);
+    for (int64_t task; (task = next++) < tasks;) f(task, scratch.get());
+  });
+}
+
+}  // namespace minkernels

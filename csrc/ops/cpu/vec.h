@@ -1,0 +1,166 @@
+// One level's vectors, in compiler vector extensions: included by levels.h inside the level's namespace, with LEVEL_BYTES, LEVEL_VECS
+// and LEVEL_BF16_DOT defined. Everything here is static: no level sees another's.
+// clang-format off
+#define INLINE static inline __attribute__((always_inline))
+// clang-format on
+
+template <class C>
+struct vector {
+  static constexpr int lanes = LEVEL_BYTES / sizeof(C);
+  typedef C type __attribute__((vector_size(LEVEL_BYTES)));
+  typedef C loose __attribute__((vector_size(LEVEL_BYTES), aligned(alignof(C)), may_alias));  // at any address
+};
+template <class C>
+using vec = typename vector<C>::type;
+using f32 = vec<float>;
+using f64 = vec<double>;
+using i32 = vec<int32_t>;
+using i64 = vec<int64_t>;
+using u32 = vec<uint32_t>;
+
+template <class C>
+INLINE vec<C> load(const C* p) {
+  return *(const typename vector<C>::loose*)p;
+}
+template <class C>
+INLINE void store(C* p, vec<C> v) {
+  *(typename vector<C>::loose*)p = v;
+}
+template <class C>
+INLINE vec<C> splat(C x) {
+  return x - vec<C>{};  // x - 0 is x for every x, -0 and NaN too: one broadcast
+}
+
+INLINE f32 max(f32 a, f32 b) {
+#if LEVEL_BYTES == 64
+  return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+#elif LEVEL_BYTES == 32
+  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+INLINE f64 max(f64 a, f64 b) { return a > b ? a : b; }
+
+template <class C>
+struct lane {
+  using type = int32_t;
+};
+template <>
+struct lane<double> {
+  using type = int64_t;
+};
+template <class C>
+using lane_t = typename lane<C>::type;
+template <class C>
+INLINE vec<lane_t<C>> lane_numbers() {
+  constexpr lane_t<C> n[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(n);
+}
+
+// Across the lanes: halves against halves, so in the same order at every call.
+template <class C, class V>
+INLINE C fold_sum(V v) {
+  C x[vector<C>::lanes];
+  store(x, v);
+  for (int n = vector<C>::lanes / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+template <class C, class V>
+INLINE C fold_max(V v) {
+  C x[vector<C>::lanes];
+  store(x, v);
+  for (int n = vector<C>::lanes / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+}
+INLINE double lanes_sum(f64 v) { return fold_sum<double>(v); }
+INLINE double lanes_max(f64 v) { return fold_max<double>(v); }
+#if LEVEL_BYTES == 64
+INLINE float lanes_sum(f32 v) { return _mm512_reduce_add_ps((__m512)v); }
+INLINE float lanes_max(f32 v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+INLINE float lanes_sum(f32 v) { return fold_sum<float>(v); }
+INLINE float lanes_max(f32 v) { return fold_max<float>(v); }
+#endif
+
+// 2**x for x <= 127, relative error under 1.5e-7; exactly 0 below -126.5, so -inf gives 0. Round x to n by the magic number, whose low
+// bits then hold n; a minimax polynomial of degree 6 (Remez, relative error 1.9e-9) on x - n; 2**n made in the exponent field.
+INLINE f32 exp2(f32 x) {
+  const f32 magic = splat(12582912.0f);  // 1.5 * 2**23
+  x = max(splat(-127.0f), x);  // in this order a NaN stays
+  f32 t = x + magic, r = x - (t - magic);
+  f32 p = splat(1.53458122e-4f);
+  p = p * r + splat(1.33999312e-3f);
+  p = p * r + splat(9.61848896e-3f);
+  p = p * r + splat(5.55032878e-2f);
+  p = p * r + splat(2.40226469e-1f);
+  p = p * r + splat(6.93147206e-1f);
+  p = p * r + splat(1.0f);
+  return p * (f32)(((i32)t << 23) + 0x3f800000);
+}
+INLINE f64 exp2(f64 x) {  // the same in double: degree 12, relative error 4e-20 before rounding; 0 below -1022.5
+  const f64 magic = splat(6755399441055744.0);  // 1.5 * 2**52
+  x = max(splat(-1023.0), x);
+  f64 t = x + magic, r = x - (t - magic);
+  f64 p = splat(2.56234174200681033e-11);
+  p = p * r + splat(4.45662775975349394e-10);
+  p = p * r + splat(7.0549768671866159e-9);
+  p = p * r + splat(1.01780515198054171e-7);
+  p = p * r + splat(1.32154865844770647e-6);
+  p = p * r + splat(1.52527338554772187e-5);
+  p = p * r + splat(1.54035303936621421e-4);
+  p = p * r + splat(1.33335581467912443e-3);
+  p = p * r + splat(9.61812910762830819e-3);
+  p = p * r + splat(5.5504108664821695e-2);
+  p = p * r + splat(2.40226506959100716e-1);
+  p = p * r + splat(6.93147180559945308e-1);
+  p = p * r + splat(1.0);
+  return p * (f64)(((i64)t << 52) + 0x3ff0000000000000);
+}
+
+// Conversions of one element, without branches, so that loops over them become vector code. To 16 bits: nearest, ties to even.
+template <class To, class From>
+INLINE To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof y);
+  return y;
+}
+INLINE float widen(float x) { return x; }
+INLINE double widen(double x) { return x; }
+INLINE float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+INLINE float widen(half x) {
+  float f = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;  // the exponent's bias moves by 112; right for subnormals too
+  uint32_t special = f >= 65536.0f ? 0x7f800000u : 0u;                   // inf and NaN keep the mantissa
+  return bits_as<float>(bits_as<uint32_t>(f) | special | uint32_t(x.bits & 0x8000) << 16);
+}
+INLINE void narrow(float x, float& y) { y = x; }
+INLINE void narrow(double x, double& y) { y = x; }
+INLINE void narrow(float x, bfloat16& y) {
+  uint32_t u = bits_as<uint32_t>(x), rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  y.bits = x != x ? uint16_t(u >> 16 | 0x40) : uint16_t(rounded);
+}
+INLINE void narrow(float x, half& y) {
+  uint32_t u = bits_as<uint32_t>(x), a = u & 0x7fffffff;
+  uint32_t normal = (a + 0xfff + (a >> 13 & 1) - (112u << 23)) >> 13;
+  uint32_t tiny = bits_as<uint32_t>(bits_as<float>(a) + 0.5f) - 0x3f000000;  // below 2**-14: the addition rounds to multiples of 2**-24
+  uint32_t special = a > 0x7f800000 ? 0x7e00u : 0x7c00u;
+  y.bits = uint16_t((a >= 0x47800000 ? special : a < 0x38800000 ? tiny : normal) | (u >> 16 & 0x8000));
+}
+
+template <class T, class A>
+INLINE void widen_row(A* to, const T* from, int64_t stride, int64_t n) {
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
+  else
+    for (int64_t i = 0; i < n; i++) to[i] = widen(from[i * stride]);
+}
+template <class T, class A>
+INLINE void narrow_row(T* to, int64_t stride, const A* from, int64_t n, A factor) {
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i]);
+  else
+    for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i * stride]);
+}

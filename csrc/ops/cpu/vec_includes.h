@@ -1,0 +1,39 @@
+// What vec.h and the kernels may use: types and intrinsics, nothing that the linker could mix up between levels.
+#pragma once
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace minkernels {
+
+enum class Dtype { f16, bf16, f32, f64 };
+
+// Storage types; the arithmetic is float's, or double's for double.
+struct half {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct accumulator {
+  using type = float;
+};
+template <>
+struct accumulator<double> {
+  using type = double;
+};
+
+template <int... E>
+struct indices {};
+template <int N, int... E>
+struct make_indices : make_indices<N - 1, N - 1, E...> {};
+template <int... E>
+struct make_indices<0, E...> {
+  using type = indices<E...>;
+};
+
+}  // namespace minkernels

@@ -31,7 +31,7 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
 
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd must see this call; forward-mode AD (torch.func.jvp) does not show in requires_grad."""
-    return forward_ad._current_level >= 0 or torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def once_differentiable(op: Callable) -> Callable:

@@ -56,8 +56,7 @@ static void run(Attention& a, const std::optional<Tensor>& key_mask, bool backwa
   run_tasks(a.tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { kernels.run(a, task, scratch); });
 }
 
-static void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, bool causal, double scale, Tensor o,
-                          Tensor lse) {
+static void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, bool causal, double scale, Tensor o, Tensor lse) {
   Attention a = arguments(q, k, v, causal, scale);
   a.o = view(o), a.lse = (char*)lse.data_ptr();
   advise_huge_pages(a.o.data, o.numel() * o.element_size());

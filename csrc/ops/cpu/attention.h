@@ -10,9 +10,9 @@ struct View {  // a 4-D tensor; strides in elements
 };
 
 struct Attention {
-  View q, k, v, o;               // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
-  View dout, dq, dk, dv;         // backward alone
-  char* lse = nullptr;           // (B, H, M), contiguous; float, or double for double
+  View q, k, v, o;        // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
+  View dout, dq, dk, dv;  // backward alone
+  char* lse = nullptr;    // (B, H, M), contiguous; float, or double for double
   int64_t B, H, Hkv, M, N, D, Dv;
   bool causal;
   double scale;
@@ -28,7 +28,7 @@ struct Attention {
   int64_t kt = 0, vt = 0, kn = 0, vn = 0, qt = 0, dot = 0, dq32 = 0, delta = 0;  // see attention_kernel.h
   int64_t work_bytes = 0, scratch_bytes = 0;
   int64_t pack_tasks = 0, tasks = 0;
-  int64_t turn = 0;         // backward: (B * H, query blocks), the task whose turn it is to add to dq; starts as zeros
+  int64_t turn = 0;  // backward: (B * H, query blocks), the task whose turn it is to add to dq; starts as zeros
   int64_t turns = 0;
   void (*yield)() = nullptr;  // lets another thread run
 

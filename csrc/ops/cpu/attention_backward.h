@@ -121,7 +121,7 @@ static void backward_pack(const Attention& a, int64_t task, char* scratch) {
 }
 
 template <class A>
-struct Row {  // of a tile
+struct Row {        // of a tile
   A lse, lse_rest;  // in log2 units; a float's worth of lse is not enough to rebuild fp32 probabilities from
   A delta;
   int64_t hi;  // how many columns it sees
@@ -177,9 +177,9 @@ static void backward_task(const Attention& a, int64_t task, char* scratch) {
   const int32_t *seen = a.seen_of(b), *positions = a.keys_of(b) + j0;
   int64_t keys = min(a.M ? limit(a, seen, a.M - 1) - j0 : 0, BWD_KEYS), n = round_up(keys, PACK * vector<A>::lanes);
   if (keys <= 0) return;
-  const W *kt = (W*)(a.work + a.kt) + kv_head * z.keys * z.dw + j0 * z.dw;
-  const W *vt = (W*)(a.work + a.vt) + kv_head * z.keys * z.dvw + j0 * z.dvw;
-  const W *kn = (W*)(a.work + a.kn) + (kv_head * words<T>(z.keys) + j0 / PACK) * z.dp;
+  const W* kt = (W*)(a.work + a.kt) + kv_head * z.keys * z.dw + j0 * z.dw;
+  const W* vt = (W*)(a.work + a.vt) + kv_head * z.keys * z.dvw + j0 * z.dvw;
+  const W* kn = (W*)(a.work + a.kn) + (kv_head * words<T>(z.keys) + j0 / PACK) * z.dp;
   int64_t blocks = (a.M + BWD_QUERIES - 1) / BWD_QUERIES, group = a.H / a.Hkv;
   __builtin_memset(w.dkt, 0, z.d6 * BWD_KEYS * sizeof(A));
   __builtin_memset(w.dvt, 0, z.dv6 * BWD_KEYS * sizeof(A));
@@ -202,7 +202,8 @@ static void backward_task(const Attention& a, int64_t task, char* scratch) {
       for (int64_t i = 0; i < round_up(rows, PACK); i++) {  // no such query, or one that sees no key: p = 0
         double lse = i < rows ? ((A*)a.lse)[head * a.M + i0 + i] * LOG2E : -__builtin_inf();
         A delta = i < rows ? ((A*)(a.work + a.delta))[head * a.M + i0 + i] : 0;
-        row[i] = lse == -__builtin_inf() ? Row<A>{A(-lse), 0, 0, 0} : Row<A>{A(lse), A(lse - A(lse)), delta, min(limit(a, seen, i0 + i) - j0, n)};
+        row[i] = lse == -__builtin_inf() ? Row<A>{A(-lse), 0, 0, 0}
+                                         : Row<A>{A(lse), A(lse - A(lse)), delta, min(limit(a, seen, i0 + i) - j0, n)};
       }
       if (row[0].hi < n || rows % PACK)
         gradient_rows<T, true>(w, rows, n, A(a.scale * LOG2E), row);

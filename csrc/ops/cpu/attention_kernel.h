@@ -28,8 +28,14 @@ template <class T>
 struct Sizes {  // of the operands, in words or accumulators, for one head
   int64_t dw, dvw, dp, dvp, keys, mw, d6, dv6;
   Sizes(const Attention& a)
-      : dw(words<T>(a.D)), dvw(words<T>(a.Dv)), dp(round_up(a.D, vector<acc_t<T>>::lanes)), dvp(round_up(a.Dv, vector<acc_t<T>>::lanes)),
-        keys(round_up(a.N, KEYS)), mw(words<T>(round_up(a.M, ROWS))), d6(round_up(a.D, ROWS)), dv6(round_up(a.Dv, ROWS)) {}
+      : dw(words<T>(a.D)),
+        dvw(words<T>(a.Dv)),
+        dp(round_up(a.D, vector<acc_t<T>>::lanes)),
+        dvp(round_up(a.Dv, vector<acc_t<T>>::lanes)),
+        keys(round_up(a.N, KEYS)),
+        mw(words<T>(round_up(a.M, ROWS))),
+        d6(round_up(a.D, ROWS)),
+        dv6(round_up(a.Dv, ROWS)) {}
 };
 
 // Scratch memory handed out piece by piece, each on a cache line of its own.

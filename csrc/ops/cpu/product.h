@@ -19,8 +19,6 @@ struct operand<bfloat16> {
 #endif
 template <class T>
 using word_t = typename operand<T>::word;
-template <class T>
-using acc_t = typename accumulator<T>::type;
 
 constexpr int ROWS = 6;  // of a register tile; its columns are LEVEL_VECS registers
 template <class C>
@@ -82,8 +80,8 @@ static void tiles(int64_t rows, const W* a, int64_t a_row, const W* b, int64_t b
 
 // b_panel: the distance from one COLS wide panel of b to the next; cols is rounded up to whole registers, in b and in c.
 template <Start start, class W, class A>
-static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
-                    A* c, int64_t c_row, const A* factor = nullptr) {
+static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel, A* c,
+                    int64_t c_row, const A* factor = nullptr) {
   constexpr int L = vector<A>::lanes;
   constexpr int64_t CHAIN = 64;  // longer sums of full precision are added up from parts, which halves their rounding error
   if (same<W, A> && steps > CHAIN) {

@@ -64,19 +64,36 @@ Memory allocate(size_t bytes) {
   return Memory(p);
 }
 
-static std::string cpu_level() { return level_names[level()]; }
-static std::string build_info() {
-  return "g++ " __VERSION__;
+static std::string cpu_features() {
+  std::string found;
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ADD_FEATURE(name) found += __builtin_cpu_supports(name) ? " " name : ""
+  ADD_FEATURE("avx2");
+  ADD_FEATURE("fma");
+  ADD_FEATURE("avx512f");
+  ADD_FEATURE("avx512bw");
+  ADD_FEATURE("avx512dq");
+  ADD_FEATURE("avx512vl");
+  ADD_FEATURE("avx512bf16");
+#undef ADD_FEATURE
+#endif
+  return found.empty() ? "none that the kernels use" : found.substr(1);
 }
+static std::string cpu_level() { return level_names[level()]; }
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+static std::string build_info() { return "compiler " __VERSION__ ", stable ABI " TEXT(TORCH_TARGET_VERSION); }
 
 }  // namespace minkernels
 
 // The library's private operators: Python's CPU functions call them after every check was made. Outputs are allocated above.
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
+  m.def("_cpu_features() -> str");
   m.def("_cpu_level() -> str");
   m.def("_build_info() -> str");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_features", TORCH_BOX(&minkernels::cpu_features));
   m.impl("_cpu_level", TORCH_BOX(&minkernels::cpu_level));
   m.impl("_build_info", TORCH_BOX(&minkernels::build_info));
 }

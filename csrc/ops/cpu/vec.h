@@ -18,6 +18,9 @@ using i32 = vec<int32_t>;
 using i64 = vec<int64_t>;
 using u32 = vec<uint32_t>;
 
+template <class T>
+using acc_t = typename accumulator<T>::type;
+
 template <class C>
 INLINE vec<C> load(const C* p) {
   return *(const typename vector<C>::loose*)p;
@@ -89,7 +92,7 @@ INLINE float lanes_max(f32 v) { return fold_max<float>(v); }
 // bits then hold n; a minimax polynomial of degree 6 (Remez, relative error 1.9e-9) on x - n; 2**n made in the exponent field.
 INLINE f32 exp2(f32 x) {
   const f32 magic = splat(12582912.0f);  // 1.5 * 2**23
-  x = max(splat(-127.0f), x);  // in this order a NaN stays
+  x = max(splat(-127.0f), x);            // in this order a NaN stays
   f32 t = x + magic, r = x - (t - magic);
   f32 p = splat(1.53458122e-4f);
   p = p * r + splat(1.33999312e-3f);
@@ -100,7 +103,7 @@ INLINE f32 exp2(f32 x) {
   p = p * r + splat(1.0f);
   return p * (f32)(((i32)t << 23) + 0x3f800000);
 }
-INLINE f64 exp2(f64 x) {  // the same in double: degree 12, relative error 4e-20 before rounding; 0 below -1022.5
+INLINE f64 exp2(f64 x) {                        // the same in double: degree 12, relative error 4e-20 before rounding; 0 below -1022.5
   const f64 magic = splat(6755399441055744.0);  // 1.5 * 2**52
   x = max(splat(-1023.0), x);
   f64 t = x + magic, r = x - (t - magic);

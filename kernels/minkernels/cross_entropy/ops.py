@@ -64,14 +64,16 @@ def _grad_early(input):
 
 
 def _fwd_fake(input, target, ignore_index, reduction, with_grad):
-    lse = input.new_empty(input.shape[:1], dtype=torch.promote_types(input.dtype, torch.float32))
-    loss = torch.empty_like(lse) if reduction == "none" else lse.new_empty(())
-    return loss, lse, torch.empty_like(input) if with_grad else input.new_empty(0)
+    stats = input.new_empty((input.shape[0], 2), dtype=torch.promote_types(input.dtype, torch.float32))
+    loss = stats.new_empty(input.shape[:1] if reduction == "none" else ())
+    return loss, stats, torch.empty_like(input) if with_grad else input.new_empty(0)
 
 
 _fwd = define(
     "cross_entropy_fwd",
-    "(Tensor input, Tensor target, int ignore_index, str reduction, bool with_grad) -> (Tensor loss, Tensor lse, Tensor grad)",
+    "(Tensor input, Tensor target, int ignore_index, str reduction, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
+    # stats (N, 2): the maximum of each row, and the sum of exp(x - maximum): their lse in one number could not tell 2**24 from
+    # 2**24 + ln 2. grad: for an upstream gradient of 1; empty if it was not asked for.
     fake=_fwd_fake,
     reference=reference.fwd,
     cpu="minkernels.cross_entropy._cpu:fwd",
@@ -80,7 +82,7 @@ _fwd = define(
 _bwd = once_differentiable(
     define(
         "cross_entropy_bwd",
-        "(Tensor dloss, Tensor input, Tensor target, Tensor lse, int ignore_index, str reduction) -> Tensor",
+        "(Tensor dloss, Tensor input, Tensor target, Tensor stats, int ignore_index, str reduction) -> Tensor",
         fake=lambda dloss, input, *_: torch.empty_like(input),
         reference=reference.bwd,
         cpu="minkernels.cross_entropy._cpu:bwd",
@@ -107,14 +109,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, target, ctx.ignore_index, ctx.reduction, with_grad = inputs
-        _, lse, grad = output
-        ctx.save_for_backward(input, target, lse)
+        _, stats, grad = output
+        ctx.save_for_backward(input, target, stats)
         ctx.grad = grad if with_grad else None
-        ctx.mark_non_differentiable(lse, grad)
+        ctx.mark_non_differentiable(stats, grad)
         ctx.set_materialize_grads(False)  # else zeros as large as the logits, for the outputs that have no gradient
 
     @staticmethod
-    def backward(ctx, dloss, _dlse, _dgrad):
+    def backward(ctx, dloss, _dstats, _dgrad):
         if dloss is None:
             return (None,) * 5
         grad, ctx.grad = ctx.grad, None  # handed out once: a later backward recomputes, and changes nothing given before

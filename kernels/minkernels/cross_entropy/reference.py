@@ -7,19 +7,22 @@ from minkernels.cross_entropy._labels import label_error
 
 def fwd(input, target, ignore_index, reduction, with_grad):
     x, target, valid = _inputs(input, target, ignore_index)
-    lse = x.logsumexp(-1)
-    loss = (lse - x.gather(-1, target[:, None])[:, 0]).masked_fill(~valid, 0.0)
+    logp = x.log_softmax(-1)
+    loss = (-logp.gather(-1, target[:, None])[:, 0]).masked_fill(~valid, 0.0)
     if reduction == "mean":
         loss = loss.sum() / valid.sum()  # every target ignored: 0 / 0, NaN as in PyTorch
     elif reduction == "sum":
         loss = loss.sum()
-    grad = _grad(loss.new_ones(()), x, target, valid, lse, reduction, input) if with_grad else input.new_empty(0)
-    return loss, lse, grad
+    top = x.amax(-1)
+    stats = torch.stack([top, (x - top[:, None]).exp().sum(-1)], -1)  # an ignored row is all zeros here, and means nothing
+    grad = _grad(loss.new_ones(()), target, valid, logp, reduction, input) if with_grad else input.new_empty(0)
+    return loss, stats, grad
 
 
-def bwd(dloss, input, target, lse, ignore_index, reduction):
+def bwd(dloss, input, target, stats, ignore_index, reduction):
     x, target, valid = _inputs(input, target, ignore_index)
-    return _grad(dloss, x, target, valid, lse, reduction, input)
+    logp = (x - stats[:, :1]) - stats[:, 1:].log()
+    return _grad(dloss, target, valid, logp, reduction, input)
 
 
 def scale_(x, scale):
@@ -35,8 +38,8 @@ def _inputs(input, target, ignore_index):
     return x, target.masked_fill(~valid, 0), valid
 
 
-def _grad(dloss, x, target, valid, lse, reduction, input):
-    p = (x - lse.masked_fill(~valid, 0.0)[:, None]).exp()
+def _grad(dloss, target, valid, logp, reduction, input):
+    p = logp.exp()
     p.scatter_add_(1, target[:, None], p.new_full((len(target), 1), -1.0))
     scale = dloss / valid.sum() if reduction == "mean" else dloss
     return torch.empty_like(input).copy_((p * scale.expand(valid.shape)[:, None]).masked_fill(~valid[:, None], 0.0))

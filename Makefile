@@ -1,0 +1,58 @@
+# make help lists the targets. PYTHON is the interpreter that makes $(VENV). To use an environment that has torch already, as it is and
+# without any network: make test VENV= PYTHON=/path/to/its/python
+
+PYTHON ?= python3
+VENV ?= .venv
+TEXT ?=
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+else
+PY := $(VENV)/bin/python
+endif
+LIBRARY := kernels/minkernels/_ops.so
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') kernels/minkernels/_build.py
+STAMP := build/installed-$(subst /,_,$(PY))
+
+.PHONY: help run test bench lint build clean
+help:
+	@echo "make run     the showcase: what runs here, minGPT trained for a minute, a speed table (TEXT=FILE: on your text)"
+	@echo "make test    every test"
+	@echo "make bench   the benchmarks, and their report in bench/results/local"
+	@echo "make lint    ruff, and clang-format for csrc"
+	@echo "make build   the environment and the C++ library alone"
+	@echo "make clean   remove what was built ($(VENV) too)"
+	@echo "PYTHON=python3.12 makes $(if $(VENV),$(VENV),.venv) with another interpreter;"
+	@echo "VENV= PYTHON=/path/to/python uses an environment that has torch already, and installs nothing into it but this project"
+
+run: build
+	$(PY) -m minmodels showcase --out runs/showcase $(if $(TEXT),--text "$(TEXT)")
+
+test: build
+	$(PY) -m pytest tests
+	TRITON_INTERPRET=1 $(PY) -m pytest tests -m interpret
+
+bench: build
+	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/local.json
+	$(PY) -m bench.report bench/results/local.json --out bench/results/local
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -c "import sys; from clang_format import clang_format; sys.exit(clang_format())" --dry-run --Werror $(filter csrc/%,$(SOURCES))
+
+build: $(STAMP) $(LIBRARY)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+ifneq ($(VENV),)
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --requirement constraints.txt
+endif
+	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	@mkdir -p $(@D) && touch $@
+
+$(LIBRARY): $(SOURCES) | $(STAMP)
+	$(PY) -m minkernels build
+	@touch $@
+
+clean:
+	rm -rf build $(LIBRARY) *.egg-info $(if $(VENV),$(VENV))

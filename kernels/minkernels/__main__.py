@@ -1,0 +1,28 @@
+"""python -m minkernels: what is active on this machine and why. python -m minkernels build: builds the C++ library."""
+
+import argparse
+import sys
+
+import minkernels
+from minkernels import _build
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m minkernels", description="Without a command: what is active here, and why.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    build = commands.add_parser("build", help="build the C++ library, in place, with g++ and ninja")
+    build.add_argument("-v", "--verbose", action="store_true", help="print the compiler's command lines")
+    args = parser.parse_args()
+    if args.command == "build":
+        try:
+            print("built", _build.build(verbose=args.verbose))
+        except RuntimeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    else:
+        print(minkernels.info())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

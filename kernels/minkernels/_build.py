@@ -1,0 +1,92 @@
+"""Builds _ops.so with ninja: what setup.py and `python -m minkernels build` both call. Imports nothing of minkernels."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library loads under every torch since
+FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
+HERE = Path(__file__).resolve().parent
+
+
+def sources() -> Path:
+    """csrc, in a checkout or as the package carries it."""
+    for csrc in (HERE.parents[1] / "csrc", HERE / "csrc"):
+        if (csrc / "ops").is_dir():
+            return csrc
+    raise RuntimeError(f"no C++ sources beside {HERE}: install minkernels from its repository")
+
+
+def build(out: Path = HERE / "_ops.so", *, verbose: bool = False) -> Path:
+    """Compiles csrc/ops into `out`, which is replaced only when all went well. Raises RuntimeError saying what is missing."""
+    csrc = sources()
+    if csrc.parent == HERE:
+        with tempfile.TemporaryDirectory() as objects:
+            return _build(csrc, Path(objects), out, verbose)
+    return _build(csrc, csrc.parent / "build" / f"ops-{platform.machine()}", out, verbose)  # kept: the next build is incremental
+
+
+def _build(csrc: Path, objects: Path, out: Path, verbose: bool) -> Path:
+    objects.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text(_ninja_file(csrc))
+    command = [*_ninja(), "-C", str(objects), *(["-v"] if verbose else [])]
+    result = subprocess.run(command, stdout=None if verbose else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        raise RuntimeError(f"the C++ build failed:\n{result.stdout or '(see above)'}")
+    beside = out.with_name(f"{out.name}.{os.getpid()}")
+    try:
+        shutil.copyfile(objects / "_ops.so", beside)
+        os.replace(beside, out)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise RuntimeError(f"cannot write {out}: {error}") from error
+    return out
+
+
+def _ninja_file(csrc: Path) -> str:
+    import torch
+    from torch.utils import cpp_extension
+
+    includes = " ".join(f"-isystem {_escape(path)}" for path in cpp_extension.include_paths())
+    libraries = " ".join(f"-L{_escape(path)}" for path in cpp_extension.library_paths())
+    cpp = sorted((csrc / "ops" / "cpu").glob("*.cpp"))
+    return "\n".join([
+        f"cxx = {_compiler()}",
+        f"flags = {FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} {os.environ.get('CXXFLAGS', '')}",
+        "rule compile",
+        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx -shared $in -o $out {libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10",
+        *(f"build {path.stem}.o: compile {_escape(path)}" for path in cpp),
+        f"build _ops.so: link {' '.join(path.stem + '.o' for path in cpp)}",
+        f"# torch {torch.__version__}",
+        "",
+    ])
+
+
+def _escape(path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
+        if shutil.which(name.split()[0]):
+            return name
+    raise RuntimeError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX")
+
+
+def _ninja() -> list[str]:
+    try:
+        import ninja  # noqa: F401
+
+        return [sys.executable, "-m", "ninja"]
+    except ImportError:
+        if shutil.which("ninja"):
+            return ["ninja"]
+    raise RuntimeError("no ninja: pip install ninja")

@@ -1,0 +1,65 @@
+"""Everything declarative is in pyproject.toml. Here: the C++ library, built when torch is there, and csrc carried along when it is not."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
+HOW = "To build it: pip install ninja, then `python -m minkernels build` in the environment that has torch."
+
+
+class BuildExt(build_ext):
+    """A failed build leaves an install whose Triton and reference roads work; `import minkernels` then says what is missing."""
+
+    def build_extension(self, ext):
+        spec = importlib.util.spec_from_file_location("_build", HERE / "kernels/minkernels/_build.py")
+        build = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(build)
+        try:
+            out = Path(self.get_ext_fullpath(ext.name))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            build.build(out)
+        except RuntimeError as error:
+            print(f"\nwarning: minkernels is installed without its C++ library: {error}\n{HOW}\n", file=sys.stderr)
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split("."))) + ".so"  # one library for every Python
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self):
+        built = [ext for ext in self.extensions if Path(self.build_lib, self.get_ext_filename(ext.name)).exists()]
+        self.extensions = built
+        super().copy_extensions_to_source()
+
+
+class BuildPy(build_py):
+    """The package carries csrc, so that the library can be built after the install."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "csrc", Path(self.build_lib, "minkernels/csrc"), dirs_exist_ok=True)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        tag = super().get_tag()
+        return ("py3", "none", tag[2])
+
+
+def extensions():
+    if importlib.util.find_spec("torch") is None:
+        print(f"\nwarning: no torch in this build environment: minkernels is installed without its C++ library. {HOW}\n", file=sys.stderr)
+        return []
+    return [Extension("minkernels._ops", sources=[])]
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})

@@ -12,7 +12,7 @@ struct View {  // a 4-D tensor; strides in elements
 struct Attention {
   View q, k, v, o;        // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
   View dout, dq, dk, dv;  // backward alone
-  char* lse = nullptr;    // (B, H, M), contiguous; float, or double for double
+  char* lse = nullptr;    // (B, H, M), contiguous; float for 16-bit tensors, else double
   int64_t B, H, Hkv, M, N, D, Dv;
   bool causal;
   double scale;

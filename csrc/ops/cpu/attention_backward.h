@@ -122,7 +122,7 @@ static void backward_pack(const Attention& a, int64_t task, char* scratch) {
 
 template <class A>
 struct Row {        // of a tile
-  A lse, lse_rest;  // in log2 units; a float's worth of lse is not enough to rebuild fp32 probabilities from
+  A lse, lse_rest;  // in log2 units, their sum
   A delta;
   int64_t hi;  // how many columns it sees
 };
@@ -200,7 +200,7 @@ static void backward_task(const Attention& a, int64_t task, char* scratch) {
 
       Row<A> row[BWD_QUERIES];
       for (int64_t i = 0; i < round_up(rows, PACK); i++) {  // no such query, or one that sees no key: p = 0
-        double lse = i < rows ? ((A*)a.lse)[head * a.M + i0 + i] * LOG2E : -__builtin_inf();
+        double lse = i < rows ? ((lse_t<T>*)a.lse)[head * a.M + i0 + i] * LOG2E : -__builtin_inf();
         A delta = i < rows ? ((A*)(a.work + a.delta))[head * a.M + i0 + i] : 0;
         row[i] = lse == -__builtin_inf() ? Row<A>{A(-lse), 0, 0, 0}
                                          : Row<A>{A(lse), A(lse - A(lse)), delta, min(limit(a, seen, i0 + i) - j0, n)};

@@ -13,6 +13,22 @@ constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// fp32 probabilities cannot be rebuilt from an fp32 lse: at lse = 8 its rounding alone is four of theirs.
+template <class T>
+struct lse_of {
+  using type = float;
+};
+template <>
+struct lse_of<float> {
+  using type = double;
+};
+template <>
+struct lse_of<double> {
+  using type = double;
+};
+template <class T>
+using lse_t = typename lse_of<T>::type;
+
 template <class T>
 INLINE T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
   return (T*)x.data + b * x.b + h * x.h + row * x.row;
@@ -186,11 +202,11 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
   }
   if (end == 0) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));
 
-  A* lse = (A*)a.lse + (b * a.H + h) * a.M + i0;
+  lse_t<T>* lse = (lse_t<T>*)a.lse + (b * a.H + h) * a.M + i0;
   for (int64_t i = 0; i < rows; i++) {
     A l = f.l[i];  // 0: a query that sees no key gives zeros, and lse = -inf
     narrow_row(row_of<T>(a.o, b, h, i0 + i), a.o.d, f.o + i * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
-    lse[i] = l > 0 ? A((f.m[i] + __builtin_log2(double(l))) * LN2) : l == l ? A(-__builtin_inf()) : l;
+    lse[i] = lse_t<T>(l > 0 ? (f.m[i] + __builtin_log2(double(l))) * LN2 : l == l ? -__builtin_inf() : l);
   }
 }
 

@@ -20,7 +20,7 @@ namespace minkernels::plain {
 #define LEVELS(f) {minkernels::plain::f, minkernels::avx2::f, minkernels::avx512::f, minkernels::avx512_bf16::f}
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma")
 #define LEVEL_BYTES 32
 namespace minkernels::avx2 {
 #include "vec.h"
@@ -31,7 +31,7 @@ namespace minkernels::avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
 #define LEVEL_BYTES 64
 #define LEVEL_VECS 4  // 6 rows x 4 registers, in 32 registers
 namespace minkernels::avx512 {
@@ -41,7 +41,7 @@ namespace minkernels::avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #undef LEVEL_BF16_DOT
 #define LEVEL_BF16_DOT 1
 namespace minkernels::avx512_bf16 {

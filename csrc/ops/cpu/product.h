@@ -83,10 +83,12 @@ template <Start start, class W, class A>
 static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel, A* c,
                     int64_t c_row, const A* factor = nullptr) {
   constexpr int L = vector<A>::lanes;
-  constexpr int64_t CHAIN = 64;  // longer sums of full precision are added up from parts, which halves their rounding error
-  if (same<W, A> && steps > CHAIN) {
-    product<start>(rows, cols, CHAIN, a, a_row, b, b_step, b_panel, c, c_row, factor);
-    return product<Start::add>(rows, cols, steps - CHAIN, a + CHAIN, a_row, b + CHAIN * b_step, b_step, b_panel, c, c_row);
+  if constexpr (same<W, A>) {  // long sums of full precision are added up from parts: half the rounding error for 4 % of the time
+    int64_t chain = rows == 1 ? 16 : 32;
+    if (steps > chain) {
+      product<start>(rows, cols, chain, a, a_row, b, b_step, b_panel, c, c_row, factor);
+      return product<Start::add>(rows, cols, steps - chain, a + chain, a_row, b + chain * b_step, b_step, b_panel, c, c_row);
+    }
   }
   for (int64_t j = 0; j < cols; j += COLS<A>, b += b_panel, c += COLS<A>) {
     int64_t registers = (cols - j + L - 1) / L;

@@ -7,13 +7,13 @@ def fwd(q, k, v, key_mask, causal, scale):
     k, v = (_hide(t, key_mask).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     s = _scores(q, k, key_mask, causal, scale)
     lse = s.logsumexp(-1)
-    return like(q, v.shape[-1]).copy_(_probs(s, lse) @ v.to(s.dtype)), lse
+    return like(q, v.shape[-1]).copy_(_probs(s, lse) @ v.to(s.dtype)), lse_like(q).copy_(lse)
 
 
 def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
     group = q.shape[1] // k.shape[1]
     k_, v_ = (_hide(t, key_mask).repeat_interleave(group, 1) for t in (k, v))
-    p = _probs(_scores(q, k_, key_mask, causal, scale), lse)
+    p = _probs(_scores(q, k_, key_mask, causal, scale), lse.to(torch.promote_types(q.dtype, torch.float32)))
     do, o, q_, k_, v_ = (t.to(p.dtype) for t in (do, o, q, k_, v_))
     delta = (do * o).sum(-1, keepdim=True)  # equals (p * dp).sum(-1), without the M x N dp
     ds = p * (do @ v_.mT - delta) * scale
@@ -32,7 +32,10 @@ def like(q, Dv):
 
 
 def lse_like(q):
-    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    """An empty (B, H, M) log-sum-exp: float64 for float32, whose probabilities an fp32 lse could not give back (at lse = 8 it is off
+    by four of their roundings), where the device has it."""
+    wide = q.dtype.itemsize >= 4 and q.device.type in ("cpu", "cuda")
+    return q.new_empty(q.shape[:3], dtype=torch.float64 if wide else torch.float32)
 
 
 def _scores(q, k, key_mask, causal, scale):

@@ -1,0 +1,39 @@
+"""Fixtures: the device, the instruction-set levels of the C++ kernels, a fixed seed. No environment variable is set for good."""
+
+import pytest
+import torch
+
+from minkernels import _library
+
+LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]  # csrc/ops/cpu/levels.h, worst first
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The C++ library: `make test` builds it, so that a test never passes for want of what it tests."""
+    assert not _library.cpp_missing(), f"{_library.cpp_missing()}: run {_library.BUILD}"
+    return torch.ops.minkernels
+
+
+@pytest.fixture
+def levels(library, monkeypatch):
+    """Iterates over the levels that this CPU has, each in force while its turn lasts."""
+
+    def each():
+        for level in LEVELS:
+            monkeypatch.setenv("MINKERNELS_CPU_LEVEL", level)
+            if library._cpu_level() == level:
+                yield level
+        monkeypatch.delenv("MINKERNELS_CPU_LEVEL")
+
+    return each()

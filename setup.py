@@ -1,4 +1,4 @@
-"""Everything declarative is in pyproject.toml. Here: the C++ library, built when torch is there, and csrc carried along when it is not."""
+"""The C++ library, built where there is torch, and csrc, carried along for where there is not; the rest is in pyproject.toml."""
 
 import importlib.util
 import shutil

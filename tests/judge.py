@@ -5,7 +5,8 @@ import torch
 
 def assert_close(actual, plain, exact, dtype, what="output", cancelled=0.0):
     """max|actual - exact| <= 2 max|plain - exact| + 2 eps max|exact|, where exact is fp64 and plain the textbook formula rounded to
-    dtype after every step, or several tensors: the formula with its sums in several orders, whose worst error counts. An fp64 kernel has no wider judge than fp64 itself: it may be off by 256 roundings of the largest value.
+    dtype after every step, or several tensors: the formula with its sums in several orders, of which the worst error counts.
+    An fp64 kernel has no wider judge than fp64 itself: it may be off by 256 roundings of the largest value.
     Where exact is 0 because two sums cancel (a softmax over one key has no gradient), their size, `cancelled`, stands for it."""
     assert actual.shape == exact.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     if exact.numel() == 0:

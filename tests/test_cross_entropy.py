@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import assert_close
 from torch.library import opcheck
 
+from judge import assert_close
 from minkernels import cross_entropy
 from minkernels.cross_entropy import reference
 

@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library loads under every torch since
-FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
+FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra"
+FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
 HERE = Path(__file__).resolve().parent
 
 

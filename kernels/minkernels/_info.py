@@ -69,7 +69,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
-        backends={op: devices for op in ("attention", "cross_entropy")},
+        backends=dict.fromkeys(("attention", "cross_entropy"), devices),
         missing=tuple(missing),
     )
 

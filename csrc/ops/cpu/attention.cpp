@@ -49,7 +49,7 @@ static void run(Attention& a, const std::optional<Tensor>& key_mask, bool backwa
   const AttentionKernels& kernels = kernels_at[level()](a.dtype)[backward];
   Memory lists = list_keys(a, key_mask);
   kernels.plan(a);
-  Memory work = allocate(a.work_bytes);
+  Workspace work(a.work_bytes);
   a.work = work.get();
   std::memset(a.work + a.turn, 0, a.turns * sizeof(int64_t));
   run_tasks(a.pack_tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { kernels.pack(a, task, scratch); });

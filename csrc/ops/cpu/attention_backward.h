@@ -103,13 +103,14 @@ static void backward_pack_queries(const Attention& a, int64_t head, int64_t bloc
   pack(a.dout, a.Dv, z.dv6, (W*)(a.work + a.dot));
 
   A* delta = (A*)(a.work + a.delta) + head * a.M + i0;
+  constexpr int L = vector<A>::lanes;
+  A x[256 + L] = {}, y[256 + L] = {};  // beyond Dv they stay 0
   for (int64_t i = 0; i < rows; i++) {
-    const T *x = row_of<T>(a.dout, b, h, i0 + i), *y = row_of<T>(a.o, b, h, i0 + i);
-    A part[16] = {};  // sums in 16 lanes, whatever the level
-    for (int64_t j = 0; j < a.Dv; j++) part[j % 16] += widen(x[j * a.dout.d]) * widen(y[j * a.o.d]);
-    A sum = 0;
-    for (A part_sum : part) sum += part_sum;
-    delta[i] = sum;
+    widen_row(x, row_of<T>(a.dout, b, h, i0 + i), a.dout.d, a.Dv);
+    widen_row(y, row_of<T>(a.o, b, h, i0 + i), a.o.d, a.Dv);
+    vec<A> sum = {};
+    for (int64_t j = 0; j < a.Dv; j += L) sum += load(x + j) * load(y + j);
+    delta[i] = lanes_sum(sum);
   }
 }
 
@@ -195,8 +196,8 @@ static void backward_task(const Attention& a, int64_t task, char* scratch) {
       i0 += skip, rows -= skip;
       pack_rows<T>(w.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, b, h, i0 + i); }, a.q.d, a.D, rows, ROWS);
       pack_rows<T>(w.dout, z.dvw, [&](int64_t i) { return row_of<T>(a.dout, b, h, i0 + i); }, a.dout.d, a.Dv, rows, ROWS);
-      product<Start::zero>(rows, keys, z.dw, w.q, z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
-      product<Start::zero>(rows, keys, z.dvw, w.dout, z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
+      exact_product(rows, keys, z.dw, w.q, z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
+      exact_product(rows, keys, z.dvw, w.dout, z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
 
       Row<A> row[BWD_QUERIES];
       for (int64_t i = 0; i < round_up(rows, PACK); i++) {  // no such query, or one that sees no key: p = 0

@@ -191,7 +191,7 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
   int64_t end = limit(a, seen, i0 + rows - 1);
   for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
     int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * operand<T>::pack);
-    product<Start::zero>(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
+    exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
     for (int64_t i = 0; i < rows; i++)
       f.factor[i] = softmax_row<T>(f.s + i * KEYS, n, min(limit(a, seen, i0 + i) - j0, keys), scale, f.m[i], f.l[i]);
     const W *p = (W*)f.s, *v = vn + j0 / operand<T>::pack * z.dvp;

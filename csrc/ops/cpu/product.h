@@ -83,13 +83,6 @@ template <Start start, class W, class A>
 static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel, A* c,
                     int64_t c_row, const A* factor = nullptr) {
   constexpr int L = vector<A>::lanes;
-  if constexpr (same<W, A>) {  // long sums of full precision are added up from parts: half the rounding error for 4 % of the time
-    int64_t chain = rows == 1 ? 16 : 32;
-    if (steps > chain) {
-      product<start>(rows, cols, chain, a, a_row, b, b_step, b_panel, c, c_row, factor);
-      return product<Start::add>(rows, cols, steps - chain, a + chain, a_row, b + chain * b_step, b_step, b_panel, c, c_row);
-    }
-  }
   for (int64_t j = 0; j < cols; j += COLS<A>, b += b_panel, c += COLS<A>) {
     int64_t registers = (cols - j + L - 1) / L;
     if (registers >= LEVEL_VECS)
@@ -103,6 +96,17 @@ static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64
       tiles<3, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
 #endif
   }
+}
+
+// The same from zero, for a sum whose rounding error is magnified afterwards (scores, by exp): in full precision it is added up from
+// short parts, which halves the error for a few percent of the time.
+template <class W, class A>
+static void exact_product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
+                          A* c, int64_t c_row) {
+  int64_t part = !same<W, A> ? steps : rows == 1 ? 16 : 32;
+  product<Start::zero>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
+  for (int64_t s = part; s < steps; s += part)
+    product<Start::add>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);
 }
 
 // Packing. A natural row of n elements: words(n) of them, the last one padded with zero.

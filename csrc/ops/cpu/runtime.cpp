@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -62,6 +63,23 @@ Memory allocate(size_t bytes) {
   if (!p) throw std::bad_alloc();
   advise_huge_pages(p, bytes);
   return Memory(p);
+}
+
+static thread_local Memory spare;
+static thread_local size_t spare_size = 0;
+
+Workspace::Workspace(size_t bytes) {
+  if (spare_size < bytes) {
+    spare.reset();
+    spare_size = 0;
+    memory_ = allocate(size_ = bytes);
+  } else {
+    memory_ = std::move(spare);
+    size_ = std::exchange(spare_size, 0);
+  }
+}
+Workspace::~Workspace() {
+  if (size_ <= 64 << 20) spare = std::move(memory_), spare_size = size_;
 }
 
 static std::string cpu_features() {

@@ -28,6 +28,18 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
 
+// Memory for one call: what the thread's last call took, if that is enough, since fresh pages cost short calls more than the arithmetic.
+class Workspace {
+ public:
+  explicit Workspace(size_t bytes);
+  ~Workspace();  // keeps up to 64 MB for the next call
+  char* get() const { return memory_.get(); }
+
+ private:
+  size_t size_;
+  Memory memory_;
+};
+
 // f(task, scratch) for every task, started in ascending order: each thread takes the next one when it is done with its last.
 template <class F>
 void run_tasks(int64_t tasks, size_t scratch_bytes, const F& f) {

@@ -25,6 +25,7 @@ SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles
     "odd-dims": (2, 2, 2, 97, 97, 33, 17),  # bfloat16 words of two: the last one is half empty
     "widest": (1, 1, 1, 150, 150, 256, 256),
     "one-key": (2, 2, 2, 49, 1, 7, 7),
+    "narrowest": (1, 2, 1, 20, 30, 1, 1),
     "no-queries": (1, 1, 1, 0, 5, 8, 8),
     "no-keys": (1, 1, 1, 5, 0, 8, 8),
 }
@@ -49,6 +50,17 @@ def plain_attention(q, k, v, key_mask, causal, scale):
     return s.softmax(-1).nan_to_num() @ v, s.logsumexp(-1)
 
 
+def plain_backward(do, q, k, v, key_mask, causal, scale):
+    """The textbook gradients of FlashAttention-2, which need no M x N intermediate kept: delta, from the rounded o, takes its place."""
+    o = plain_attention(q, k, v, key_mask, causal, scale)[0]
+    p = plain_attention(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:3], -1), key_mask, causal, scale)[0]
+    group = q.shape[1] // k.shape[1]
+    k_, v_ = (t.repeat_interleave(group, 1) for t in (k, v))
+    ds = p * (do @ v_.mT - (do * o).sum(-1, keepdim=True)) * scale
+    dk, dv = ((t.mT @ x).unflatten(1, (-1, group)).sum(2) for t, x in ((ds, q), (p, do)))
+    return ds @ k_, dk, dv
+
+
 def gradients(function, inputs, do):
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     return torch.autograd.grad(function(*inputs), inputs, do, materialize_grads=True)
@@ -70,6 +82,7 @@ def check_cpu(levels, q, k, v, *args):
         grads = gradients(lambda *t: plain_attention(*t, *args)[0], (q_, k_, v_), do_)
         plain.append([plain_attention(q_, k_, v_, *args)[0].flip(order), lse, *(g.flip(order) for g in grads)])
     plain_o, plain_lse, *plain_grads = zip(*plain, strict=True)
+    plain_grads = [(*both, x) for both, x in zip(plain_grads, plain_backward(do, q, k, v, *args), strict=True)]
     biggest = [t.abs().max() if t.numel() else 0.0 for t in (exact[2], v, q, k)]
     cancelled = abs(args[2]) * biggest[0] * biggest[1] * max(biggest[2:])
     for level in levels:
@@ -107,14 +120,15 @@ def test_cpu_scale(scale, dtype, levels):
     check_cpu(levels, *make(*SHAPES["ragged-tail"], dtype, padded=True), True, scale)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(
-    batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), M=st.integers(0, 150), N=st.integers(0, 200),
-    D=st.integers(1, 80), Dv=st.integers(1, 80), causal=st.booleans(), padded=st.booleans(), dtype=st.sampled_from(DTYPES),
+    batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), M=st.integers(8, 150), N=st.integers(8, 200),
+    D=st.integers(8, 80), Dv=st.integers(8, 80), causal=st.booleans(), padded=st.booleans(), dtype=st.sampled_from(DTYPES),
     layout=st.permutations(range(4)), step=st.integers(1, 2), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_cpu_fuzz(library, batch, kv_heads, group, M, N, D, Dv, causal, padded, dtype, layout, step, seed):
-    """Shapes, masks, and strides: the dimensions lie in memory in any order, with gaps."""
+    """Shapes, masks, and strides: the dimensions lie in memory in any order, with gaps. From 8 on: below that the plain formula is
+    exact by luck too often to set a budget, and the named shapes are there."""
     torch.manual_seed(seed)
     q, k, v, key_mask = make(batch, kv_heads * group, kv_heads, M, N, D, Dv, dtype, padded)
 

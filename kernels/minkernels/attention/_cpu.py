@@ -2,7 +2,7 @@
 
 import torch
 
-from minkernels.attention.reference import like, lse_like
+from minkernels.attention._outputs import like, lse_like
 
 _fwd = torch.ops.minkernels._attention_fwd.default
 _bwd = torch.ops.minkernels._attention_bwd.default

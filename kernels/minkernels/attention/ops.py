@@ -7,6 +7,7 @@ from torch import Tensor
 
 from minkernels._library import define, needs_grad, once_differentiable
 from minkernels.attention import reference
+from minkernels.attention._outputs import like, lse_like
 
 MAX_HEAD_DIM = 256
 
@@ -89,7 +90,7 @@ def _bwd_flops(do, q, k, v, *_, **__):
 _fwd = define(
     "attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, bool causal, float scale) -> (Tensor o, Tensor lse)",
-    fake=lambda q, k, v, *_: (reference.like(q, v.shape[-1]), reference.lse_like(q)),
+    fake=lambda q, k, v, *_: (like(q, v.shape[-1]), lse_like(q)),
     reference=reference.fwd,
     cpu="minkernels.attention._cpu:fwd",
     cuda="minkernels.attention._triton:fwd",

@@ -2,6 +2,8 @@
 
 import torch
 
+from minkernels.attention._outputs import like, lse_like
+
 
 def fwd(q, k, v, key_mask, causal, scale):
     k, v = (_hide(t, key_mask).repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
@@ -19,23 +21,6 @@ def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
     ds = p * (do @ v_.mT - delta) * scale
     dk, dv = ((t.mT @ g).unflatten(1, (-1, group)).sum(2) for t, g in ((ds, q_), (p, do)))
     return tuple(torch.empty_like(t).copy_(g) for t, g in ((q, ds @ k_), (k, dk), (v, dv)))
-
-
-def like(q, Dv):
-    """An empty (B, H, M, Dv), dense in q's dimension order: where q was (B, M, H, D), transpose(1, 2).flatten(2) copies nothing."""
-    B, H, M, D = q.shape
-    if Dv == D:
-        return torch.empty_like(q)
-    if q.stride(1) < q.stride(2):
-        return q.new_empty((B, M, H, Dv)).transpose(1, 2)
-    return q.new_empty((B, H, M, Dv))
-
-
-def lse_like(q):
-    """An empty (B, H, M) log-sum-exp: float64 for float32, whose probabilities an fp32 lse could not give back (at lse = 8 it is off
-    by four of their roundings), where the device has it."""
-    wide = q.dtype.itemsize >= 4 and q.device.type in ("cpu", "cuda")
-    return q.new_empty(q.shape[:3], dtype=torch.float64 if wide else torch.float32)
 
 
 def _scores(q, k, key_mask, causal, scale):

@@ -33,8 +33,8 @@ test: build
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -m interpret
 
 bench: build
-	$(PY) -m pytest bench -c bench/pytest.ini --benchmark-json=bench/results/local.json
-	$(PY) -m bench.report bench/results/local.json --out bench/results/local
+	$(PY) -m pytest bench --benchmark-json=bench/results/local.json; status=$$?; \
+	$(PY) -m bench.report bench/results/local.json --out bench/results/local && exit $$status
 
 lint: build
 	$(PY) -m ruff check .

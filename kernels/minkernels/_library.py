@@ -74,7 +74,8 @@ def cpp_missing() -> str:
     try:
         torch.ops.load_library(PATH)
     except OSError as error:
-        raise ImportError(f"{PATH} does not load under torch {torch.__version__}: {error}. To rebuild it: {BUILD}") from error
+        why = error.__cause__ or error
+        raise ImportError(f"{PATH} does not load under torch {torch.__version__}: {why}. To rebuild it: {BUILD}") from error
     return ""
 
 

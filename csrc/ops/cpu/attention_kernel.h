@@ -67,12 +67,14 @@ struct Pieces {
 template <class T>
 struct Forward {
   word_t<T>* q;
-  acc_t<T>*s, *o, *m, *l, *factor;
+  acc_t<T>*s, *o, *m, *l, *top, *shift, *factor;  // the last five: one a row
+
   char* end;
   Forward(const Sizes<T>& z, char* scratch) {
     Pieces p{scratch};
     q = p.take<word_t<T>>(QUERIES * z.dw), s = p.take<acc_t<T>>(QUERIES * KEYS), o = p.take<acc_t<T>>(QUERIES * z.dvp);
-    m = p.take<acc_t<T>>(QUERIES), l = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
+    m = p.take<acc_t<T>>(QUERIES), l = p.take<acc_t<T>>(QUERIES), top = p.take<acc_t<T>>(QUERIES);
+    shift = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
     end = p.next;
   }
 };
@@ -136,33 +138,43 @@ static void forward_pack(const Attention& a, int64_t task, char* scratch) {
   pack_keys<T>(a, a.v, b, h, first, n, a.Dv, nullptr, (W*)(a.work + a.vn) + head * words<T>(z.keys) * z.dvp, z.dvp, scratch);
 }
 
-// One row of a tile of scores becomes probabilities, in place and as words, relative to the running maximum m (in log2 units). The
-// first `hi` of n columns count. Returns the factor by which what was summed so far shrinks.
-template <class T, class A>
-INLINE A softmax_row(A* s, int64_t n, int64_t hi, A scale, A& m, A& l) {
+template <class A>
+constexpr A lowest = -__FLT_MAX__;
+template <>
+constexpr double lowest<double> = -__DBL_MAX__;
+
+// A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units), n columns a row, of
+// which the first hi(i) count in row i. f.factor tells by what each row's earlier sums shrink. Three loops over the rows, not one: so the
+// latencies of one row's maximum, factor and sum hide behind its neighbours.
+template <class T, class F>
+INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, F hi) {
+  using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
-  word_t<T>* p = (word_t<T>*)s;
-  if (hi <= 0) {
-    __builtin_memset(p, 0, n / PACK * sizeof *p);
-    return 1;
+  const A inf = __builtin_inf();
+  for (int64_t i = 0; i < rows; i++) {
+    A* s = f.s + i * KEYS;
+    for (int64_t j = hi(i); j < n; j++) s[j] = -inf;
+    vec<A> top = load(s);
+    for (int64_t j = L; j < n; j += L) top = max(load(s + j), top);
+    f.top[i] = lanes_max(top) * scale;
   }
-  for (int64_t j = hi; j < n; j++) s[j] = -__builtin_inf();
-  vec<A> top = load(s);
-  for (int64_t j = L; j < n; j += L) top = max(load(s + j), top);
-  A m_new = lanes_max(top) * scale;
-  m_new = m_new > m ? m_new : m;
-  vec<A> sum[PACK] = {}, by = splat(scale);
-  vec<A> shift = splat(m_new > -__builtin_inf() ? m_new : A(0));  // no score above -inf so far: avoid inf - inf
-  for (int64_t j = 0; j < n; j += PACK * L) {
-    vec<A> x[PACK];
+  for (int64_t i = 0; i < rows; i += L) {
+    vec<A> m = load(f.m + i), m_new = max(m, load(f.top + i));
+    vec<A> shift = max(m_new, splat(lowest<A>));  // no score above -inf so far: avoid inf - inf
+    store(f.factor + i, exp2(m - shift)), store(f.shift + i, shift), store(f.m + i, m_new);
+  }
+  vec<A> by = splat(scale);
+  for (int64_t i = 0; i < rows; i++) {
+    A* s = f.s + i * KEYS;
+    vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
+    for (int64_t j = 0; j < n; j += PACK * L) {
+      vec<A> x[PACK];
 #pragma GCC unroll 2
-    for (int i = 0; i < PACK; i++) sum[i] += x[i] = exp2(load(s + j + i * L) * by - shift);
-    pack_scores<T>(p, j, x);
+      for (int u = 0; u < PACK; u++) sum[u] += x[u] = exp2(load(s + j + u * L) * by - shift);
+      pack_scores<T>((word_t<T>*)s, j, x);
+    }
+    f.l[i] = f.l[i] * f.factor[i] + lanes_sum(PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]);
   }
-  A factor = exp2(splat(m) - shift)[0];
-  m = m_new;
-  l = l * factor + lanes_sum(PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]);
-  return factor;
 }
 
 template <class T>
@@ -186,14 +198,16 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
     __builtin_memset(f.q, 0, padded * z.dw * sizeof(W));
     scale = 1;
   }
-  for (int64_t i = 0; i < padded; i++) f.m[i] = -__builtin_inf(), f.l[i] = 0, f.factor[i] = 0;
+  for (int64_t i = 0; i < QUERIES; i++) f.m[i] = f.top[i] = -__builtin_inf(), f.l[i] = 0;
 
   int64_t end = limit(a, seen, i0 + rows - 1);
   for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
     int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * operand<T>::pack);
     exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
-    for (int64_t i = 0; i < rows; i++)
-      f.factor[i] = softmax_row<T>(f.s + i * KEYS, n, min(limit(a, seen, i0 + i) - j0, keys), scale, f.m[i], f.l[i]);
+    softmax_rows<T>(f, rows, n, scale, [&](int64_t i) {
+      int64_t hi = min(limit(a, seen, i0 + i) - j0, keys);
+      return hi < 0 ? 0 : hi;
+    });
     const W *p = (W*)f.s, *v = vn + j0 / operand<T>::pack * z.dvp;
     if (j0 == 0)
       product<Start::zero>(rows, a.Dv, words<T>(keys), p, KEYS, v, z.dvp, COLS<A>, f.o, z.dvp);

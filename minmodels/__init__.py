@@ -1,0 +1,13 @@
+"""Thin models on top of minkernels, one a file, and the command line that trains and samples them."""
+
+
+class UserError(Exception):
+    """Something that the user can mend: the command line prints it as one line, without a traceback."""
+
+    status = 2
+
+
+class Interrupted(UserError):
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.status = 128 + signal  # what a shell reports for a process that the signal ended

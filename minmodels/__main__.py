@@ -1,0 +1,140 @@
+"""The command line: python -m minmodels train | generate | showcase. torch is imported only once the arguments are read."""
+
+import argparse
+import functools
+import math
+import sys
+from dataclasses import fields
+
+from minmodels import UserError
+from minmodels.options import TrainOptions
+
+EXAMPLES = """examples:
+  python -m minmodels train gpt --minutes 1
+  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
+  python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon"
+  python -m minmodels showcase"""
+TRAIN_EXAMPLES = """examples:
+  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
+  python -m minmodels train gpt --out runs/book --resume
+  python -m minmodels train gpt --minutes 5 --n-layer 6 --n-embd 192 --n-head 6 --out runs/topics"""
+GENERATE_EXAMPLES = """examples:
+  python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon" --tokens 500
+  python -m minmodels generate gpt --checkpoint runs/book --temperature 0"""
+SHOWCASE_EXAMPLES = """example:
+  python -m minmodels showcase --text book.txt --minutes 2 --out runs/book"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for what the user can mend, 128 + n where signal n ended it."""
+    args = vars(_parser().parse_args(argv))
+    run = args.pop("run")
+    try:
+        run(**args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "rich", "safetensors"):
+            raise
+        print(f"error: {error.name} is not installed: pip install 'minkernels[models]'", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(model, resume, overwrite, **given):
+    from minmodels.train import train
+
+    heldout = train(given, resume=resume, overwrite=overwrite)
+    out = given.get("out", TrainOptions.out)
+    print(f"held-out loss {heldout:.3f} nats per character; to sample: python -m minmodels generate {model} --checkpoint {out}")
+
+
+def _generate(model, **args):
+    from minmodels.generate import generate
+
+    print(generate(**args))
+
+
+def _showcase(**args):
+    from minmodels.showcase import showcase
+
+    showcase(**args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    new = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = new(prog="python -m minmodels", description="Small models on the kernels of minkernels.", epilog=EXAMPLES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=new)
+    options = {f.name: f for f in fields(TrainOptions)}
+
+    about = "Train a model on text, one character a token. Ctrl-C saves a checkpoint and stops."
+    train = commands.add_parser("train", help="train a model on text", description=about, epilog=TRAIN_EXAMPLES)
+    train.add_argument("model", choices=["gpt"], help="gpt: minGPT, the decoder of GPT-2")
+    length, start = train.add_mutually_exclusive_group(), train.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the checkpoint in --out, with its options")
+    start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
+    for name, option in options.items():
+        kinds = {str: str, int: _whole(option.metadata.get("least", 1)), float: _positive}
+        (length if name in ("steps", "minutes") else train).add_argument(
+            "--" + name.replace("_", "-"),
+            type=kinds[option.type],
+            default=argparse.SUPPRESS,  # a resumed run takes what is not given from its checkpoint
+            metavar=option.metadata["metavar"],
+            choices=option.metadata.get("choices"),
+            help=option.metadata["help"] + (f" (default: {option.default})" if option.default else ""),
+        )
+    train.set_defaults(run=_train)
+
+    about = "Write text with a trained model: the prompt, and what follows it."
+    generate = commands.add_parser("generate", help="write text with it", description=about, epilog=GENERATE_EXAMPLES)
+    generate.add_argument("model", choices=["gpt"], help="gpt: minGPT")
+    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
+    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: empty, the start of a line)")
+    generate.add_argument("--tokens", type=_whole(0), default=500, metavar="N", help="characters to add (default: 500)")
+    generate.add_argument(
+        "--temperature", type=_not_negative, default=0.8, metavar="T", help="0 takes the likeliest character (default: 0.8)"
+    )
+    generate.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="the same seed, the same text (default: 0)")
+    generate.add_argument("--device", default="", metavar="NAME", help=options["device"].metadata["help"])
+    generate.set_defaults(run=_generate)
+
+    about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
+    showcase = commands.add_parser("showcase", help="see all of it in minutes", description=about, epilog=SHOWCASE_EXAMPLES)
+    showcase.add_argument("--text", default="", metavar="FILE", help=options["text"].metadata["help"])
+    showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the results (default: runs/showcase)")
+    showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help="minutes of training (default: 1)")
+    showcase.set_defaults(run=_showcase)
+    return parser
+
+
+def _whole(least: int):
+    def convert(text: str) -> int:
+        if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
+    return value
+
+
+def _positive(text: str) -> float:
+    if not _not_negative(text):
+        raise argparse.ArgumentTypeError(f"must be more than 0, got {text!r}")
+    return float(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

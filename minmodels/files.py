@@ -1,0 +1,85 @@
+"""The files of a run. The checkpoint is one safetensors file, so that one rename replaces all of it; what is no tensor is JSON
+in its header. The metrics are JSON lines.
+"""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from minmodels import UserError
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict):
+    """Writes beside path and renames: whenever this is cut off, path is the old file or the new one. Raises UserError."""
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            with part.open("wb") as f:
+                f.write(save(tensors, {"minmodels": json.dumps(meta)}))
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)  # the rename
+            os.close(folder)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
+    """The tensors whose names start with prefix, on the CPU, and the meta that save() got. path may be the folder."""
+    path = path / CHECKPOINT if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as f:
+            meta = (f.metadata() or {}).get("minmodels")
+            if meta is None:
+                raise UserError(f"{path} is a safetensors file, but no checkpoint of minmodels")
+            return {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}, json.loads(meta)  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise UserError(f"there is no checkpoint at {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is truncated, damaged, or no checkpoint: {error}") from error
+
+
+class Metrics:
+    """JSON lines, a record each. What a run wrote past the step `upto` of its checkpoint is dropped: it will be done again."""
+
+    def __init__(self, path: Path, upto: int):
+        self.path, self.pending, self.flushed = path, [], time.perf_counter()
+        lines = path.read_text().splitlines(keepends=True) if upto and path.exists() else []
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= upto))
+
+    def due(self) -> bool:
+        return time.perf_counter() - self.flushed > 0.25
+
+    def flush(self) -> float:
+        """Writes the pending steps, reading their losses from the device at once; returns the mean of these."""
+        losses = torch.stack([record["loss"] for record in self.pending]).tolist()
+        self.write(*({**record, "loss": loss} for record, loss in zip(self.pending, losses, strict=True)))
+        self.pending, self.flushed = [], time.perf_counter()
+        return sum(losses) / len(losses)
+
+    def write(self, *records: dict):
+        with writing(self.path), self.path.open("a") as f:
+            f.writelines(json.dumps(record) + "\n" for record in records)
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turns a failure to write, such as a full disk, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,33 @@
+"""The picture of a training run."""
+
+import json
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def loss_figure(metrics: Path, title: str) -> Figure:
+    """Training and held-out loss over the seconds of training, from the lines of metrics.jsonl."""
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps, tests = ([r for r in records if key in r] for key in ("loss", "heldout"))
+    width = max(1, len(steps) // 100)
+    parts = [steps[i : i + width] for i in range(0, len(steps), width)]
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(_column(steps, "seconds"), _column(steps, "loss"), color="tab:blue", alpha=0.25, linewidth=0.5)
+    means = ([statistics.mean(_column(part, key)) for part in parts] for key in ("seconds", "loss"))
+    axes.plot(*means, color="tab:blue", label=f"training, mean over {width} steps" if width > 1 else "training")
+    axes.plot(_column(tests, "seconds"), _column(tests, "heldout"), "o-", color="tab:orange", label="held-out text")
+    last = tests[-1]["seconds"], tests[-1]["heldout"]
+    axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="center", color="tab:orange", weight="bold")
+    axes.set(title=title, xlabel="training time (s)", ylabel="loss (nats per character)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _column(records: list[dict], key: str) -> list[float]:
+    return [record[key] for record in records]

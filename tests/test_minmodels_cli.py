@@ -1,0 +1,329 @@
+"""Training, generation and the showcase through the command line: exact resumption, files left behind, the text of each error."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")  # the extra "models": a machine that has torch alone can run the other tests
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+from safetensors.torch import save_file
+
+from minmodels import files, plot, train
+from minmodels.__main__ import main
+from minmodels.data import text as textdata
+from minmodels.options import TrainOptions
+from minmodels.showcase import ops_table, showcase
+
+TINY = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--batch-size", "4", "--warmup", "3"]
+LINE = "the quick brown fox jumps over the lazy dog.\n"
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(LINE * 30 + "Å, seen at the end alone: " + LINE * 5, encoding="utf-8")
+    return str(path)
+
+
+def run(*args):
+    try:
+        return main([str(a) for a in args])
+    except SystemExit as error:  # argparse
+        return error.code
+
+
+def tiny(book, out, *args):
+    return run("train", "gpt", "--text", book, "--out", out, *TINY, *args)
+
+
+def metrics(out, key):
+    records = [json.loads(line) for line in (out / files.METRICS).read_text().splitlines()]
+    return [(r["step"], r[key]) for r in records if key in r]
+
+
+def stop_after(monkeypatch, step):
+    """Sends this process SIGINT, as Ctrl-C does, in the given step."""
+    train_step = train.Run.train_step
+
+    def stopped(self):
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_step(self)
+
+    monkeypatch.setattr(train.Run, "train_step", stopped)
+
+
+@pytest.mark.parametrize("dtype", TrainOptions.__dataclass_fields__["dtype"].metadata["choices"])
+def test_resuming_repeats_the_losses_bit_for_bit(book, tmp_path, monkeypatch, capsys, dtype):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    options = "--steps", 12, "--eval-every", 4, "--dtype", dtype, "--seed", 3
+    assert tiny(book, straight, *options) == 0
+    with monkeypatch.context() as m:
+        stop_after(m, 6)
+        assert tiny(book, broken, *options) == 130
+    assert f"error: interrupted; {broken / files.CHECKPOINT} holds step 6. To go on: " in capsys.readouterr().err
+    assert run("train", "gpt", "--out", broken, "--resume") == 0
+    for key in ("loss", "lr", "heldout"):
+        assert metrics(broken, key) == metrics(straight, key)
+    assert [step for step, _ in metrics(straight, "heldout")] == [4, 8, 12]
+    (tensors, meta), (others, meta2) = (files.load_checkpoint(out) for out in (straight, broken))
+    assert tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
+    assert meta["step"] == meta2["step"] == 12
+
+
+def test_a_killed_run_resumes_from_its_last_evaluation(book, tmp_path, monkeypatch):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    options = "--steps", 9, "--eval-every", 4
+    tiny(book, straight, *options)
+    train_step = train.Run.train_step
+    with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+        m.setattr(train.Run, "train_step", lambda self: train_step(self) if self.step < 7 else 1 / 0)
+        m.setattr(files.Metrics, "due", lambda self: True)
+        tiny(book, broken, *options)
+    with (broken / files.METRICS).open("a") as f:
+        f.write('{"step": 8, "lo')  # cut off in the middle of a line
+    assert files.load_checkpoint(broken)[1]["step"] == 4 and len(metrics_lines(broken)) == 9
+    assert run("train", "gpt", "--out", broken, "--resume") == 0
+    assert metrics(broken, "loss") == metrics(straight, "loss")
+
+
+def metrics_lines(out):
+    return (out / files.METRICS).read_text().splitlines()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_ends_a_process_with_a_checkpoint(book, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "minmodels", "train", "gpt", "--text", book, "--out", out, *TINY, "--steps", "1000000"]
+    process = subprocess.Popen([*command, "--eval-every", "5"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while process.poll() is None and not (out / files.CHECKPOINT).exists():
+        time.sleep(0.02)
+    process.send_signal(number)
+    error = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number
+    step = int(re.search(r"^error: interrupted; .* holds step (\d+)\. To go on: ", error, re.M)[1])
+    assert files.load_checkpoint(out)[1]["step"] == step == metrics(out, "loss")[-1][0] and "Traceback" not in error
+    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS]
+
+
+def test_minutes_bound_the_training(book, tmp_path):
+    assert tiny(book, tmp_path / "run", "--minutes", 0.01) == 0
+    seconds = metrics(tmp_path / "run", "seconds")[-1][1]
+    assert 0.6 <= seconds < 3
+    rates = [lr for _, lr in metrics(tmp_path / "run", "lr")]
+    assert rates[0] == pytest.approx(TrainOptions.lr / 3, rel=0.05) and rates[-1] < 0.05 * max(rates)
+
+
+def test_training_learns_and_generation_continues(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert tiny(book, out, "--steps", 120, "--n-embd", 32) == 0
+    assert metrics(out, "heldout")[-1][1] < 1.0  # a repeated line; the letters alone have 3 nats
+    capsys.readouterr()
+    texts = []
+    for args in (("--temperature", 0), ("--seed", 5), ("--seed", 5), ("--seed", 6), ("--temperature", 0, "--prompt", "")):
+        assert run("generate", "gpt", "--checkpoint", out, "--prompt", "the quick brown", "--tokens", 40, "--temperature", 2, *args) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].startswith("the quick brown fox jumps over the lazy dog.\nthe quick") and len(texts[0]) == 15 + 40 + 1
+    assert texts[1] == texts[2] != texts[3]
+    assert texts[4].startswith("the quick") and len(texts[4]) == 41  # as after a line break
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    full = OSError(28, "No space left on device")
+    saves = iter([None, full])
+    fsync = os.fsync
+
+    def sometimes(fd):
+        if os.path.isfile(f"/proc/self/fd/{fd}") and next(saves):
+            raise full
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    assert tiny(book, out, "--steps", 9, "--eval-every", 3) == 2
+    assert f"error: cannot write {out / files.CHECKPOINT}: No space left on device\n" == capsys.readouterr().err
+    assert files.load_checkpoint(out)[1]["step"] == 3
+    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS]
+
+
+TEXTS = {
+    "missing": (None, r"cannot read .*x\.txt: No such file or directory"),
+    "empty": (b"", r"x\.txt is empty"),
+    "blank": (b" \n\n", r"x\.txt holds nothing but white space"),
+    "binary": (b"text\0text", r"x\.txt is binary, not text: a NUL byte at offset 4"),
+    "latin-1": ("caf\u00e9".encode("latin-1"), r"x\.txt is not UTF-8 text: byte 0xe9 at offset 3"),
+    "short": (b"too short " * 15, r"x\.txt is too short for a context of 16 characters: it has 150, of which 15 are held out"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), TEXTS.values(), ids=TEXTS)
+def test_bad_text(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "x.txt").write_bytes(content)
+    assert tiny(tmp_path / "x.txt", tmp_path / "run") == 2
+    assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def damaged(kind, tmp_path, book):
+    path = tmp_path / "run"
+    if kind != "missing":
+        tiny(book, path, "--steps", 2)
+    checkpoint = path / files.CHECKPOINT
+    if kind == "truncated":
+        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    elif kind == "empty":
+        os.truncate(checkpoint, 0)
+    elif kind == "not-safetensors":
+        checkpoint.write_bytes(b"PK\3\4" * 100)
+    elif kind == "foreign":
+        save_file({"wte.weight": torch.zeros(3, 4)}, checkpoint)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    {
+        "missing": "there is no checkpoint at ",
+        "truncated": "is truncated, damaged, or no checkpoint: ",
+        "empty": "is truncated, damaged, or no checkpoint: ",
+        "not-safetensors": "is truncated, damaged, or no checkpoint: ",
+        "foreign": "is a safetensors file, but no checkpoint of minmodels",
+    }.items(),
+)
+def test_bad_checkpoint(tmp_path, book, capsys, kind, message):
+    path = damaged(kind, tmp_path, book)
+    capsys.readouterr()
+    for command in (("generate", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
+        assert run(*command, path) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", err)
+
+
+def test_resuming_something_else_is_refused(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    tiny(book, out, "--steps", 2)
+    before = (out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(LINE * 50)
+    for args, message in (
+        ((), r"exists: --resume continues it, --overwrite starts anew"),
+        (("--resume",), r"is trained already \(2 steps, 0\.0 minutes\)"),
+        (("--resume", "--steps", 9, "--n-embd", 32), r"--n-embd 32: the checkpoint was trained with 16"),
+        (("--resume", "--steps", 9, "--text", other), r"other\.txt: not the text that the checkpoint was trained on"),
+    ):
+        assert run("train", "gpt", "--out", out, *args) == 2
+        assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    assert before == ((out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes())
+    assert run("train", "gpt", "--out", out, "--resume", "--steps", 3) == 0
+    assert tiny(book, out, "--steps", 1, "--overwrite") == 0 and len(metrics(out, "loss")) == 1
+
+
+BAD_OPTIONS = {
+    "train bert": "invalid choice: 'bert'",
+    "train gpt --steps 0": "must be a whole number from 1 on, got '0'",
+    "train gpt --steps 5 --minutes 1": "not allowed with argument --steps",
+    "train gpt --lr nan": "must be a number from 0 on, got 'nan'",
+    "train gpt --minutes 0": "must be more than 0, got '0'",
+    "train gpt --dtype float16": "invalid choice: 'float16'",
+    "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
+    "train gpt --device nowhere": "error: device nowhere cannot be used: ",
+    "generate gpt": "the following arguments are required: --checkpoint",
+    "generate gpt --checkpoint x --temperature -1": "must be a number from 0 on, got '-1'",
+    "generate gpt --checkpoint x --tokens -1": "must be a whole number from 0 on, got '-1'",
+    "dance": "invalid choice: 'dance'",
+    "": "the following arguments are required: COMMAND",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_OPTIONS.items())
+def test_bad_options(line, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*line.split()) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_with_unknown_characters(book, tmp_path, capsys):
+    tiny(book, tmp_path / "run", "--steps", 1)
+    assert run("generate", "gpt", "--checkpoint", tmp_path / "run", "--prompt", "the Ωmega\tfox Å") == 2
+    assert capsys.readouterr().err == "error: characters that the model has never seen: '\\t' 'Ω'\n"  # Å: held out, yet known
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    loss = train.Run._loss
+    monkeypatch.setattr(train.Run, "_loss", lambda self, *args: loss(self, *args) * (float("inf") if self.step >= 5 else 1.0))
+    assert tiny(book, out, "--steps", 9, "--eval-every", 4) == 2
+    assert re.search(r"error: the loss is (?:inf|nan) at step \d: try a lower --lr than 0\.\d+\n", capsys.readouterr().err)
+    assert files.load_checkpoint(out)[1]["step"] == 4
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["showcase"]], ids=" ".join)
+def test_help_has_examples_and_needs_no_torch(command, capsys):
+    code = "import sys; sys.modules['torch'] = None; from minmodels.__main__ import main; main(sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
+    assert result.returncode == 0 and re.search(r"examples?:\n  python -m minmodels ", result.stdout)
+
+
+def test_the_topics_held_out_share_no_paragraph_with_the_rest():
+    text = textdata.load("", 64)
+    train_text, heldout = (textdata.decode(ids, text.vocab) for ids in (text.train, text.heldout))
+    assert 0.09 < len(heldout) / (len(train_text) + len(heldout)) < 0.11
+    long = [p.strip() for p in heldout.split("\n\n") if len(p) > 60]
+    assert len(long) > 50 and not any(p in train_text for p in long)
+    assert torch.equal(text.heldout, textdata.load("", 64).heldout)
+
+
+def test_windows():
+    ids = torch.arange(100, dtype=torch.int32)
+    idx, targets = textdata.sample(ids, 50, 8, torch.Generator().manual_seed(0))
+    assert idx.shape == (50, 8) and torch.equal(targets, idx + 1) and torch.equal(idx - idx[:, :1], torch.arange(8).expand(50, 8))
+    assert textdata.sample(ids[:9], 4, 8, torch.Generator())[1][:, -1].tolist() == [8] * 4
+    idx, targets = textdata.sweep(ids, 9)
+    assert idx.flatten().tolist() == list(range(99)) and targets.flatten().tolist() == list(range(1, 100))
+    assert len(textdata.sweep(ids, 9, most=4)[0]) == 4
+
+
+
+
+def test_loss_curve(tmp_path):
+    lines = [{"step": i, "loss": 3.0 / i + 1, "lr": 0.1, "seconds": 0.1 * i} for i in range(1, 251)]
+    lines.insert(125, {"step": 125, "heldout": 1.1, "seconds": 12.5})
+    (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 250, "heldout": 1.0, "seconds": 25.0}]))
+    figure = plot.loss_figure(tmp_path / "m", "a title")
+    axes = figure.axes[0]
+    assert axes.get_title() == "a title" and axes.get_xlabel() == "training time (s)" and "nats" in axes.get_ylabel()
+    raw, mean, heldout = axes.get_lines()
+    assert len(raw.get_xdata()) == 250 and len(mean.get_xdata()) == 125 and list(heldout.get_ydata()) == [1.1, 1.0]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out text"]
+
+
+def test_showcase(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "show"
+    sizes = {"attention": (1, 2, 33, 16), "cross_entropy": (70, 50)}
+    showcase(book, str(out), minutes=0.01, sizes=sizes, seconds=0.01)
+    printed = capsys.readouterr().out
+    assert set(os.listdir(out)) == {files.CHECKPOINT, files.METRICS, "sample.txt", "ops.txt", "loss.png"}
+    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 20_000
+    for line in (out / "ops.txt").read_text().splitlines():
+        assert line.rstrip() in printed
+    assert "held-out loss" in printed and len((out / "sample.txt").read_text()) == 501
+
+
+def test_ops_table_measures_both_and_judges_both():
+    table = ops_table({"attention": (1, 2, 40, 16), "cross_entropy": (70, 50)}, seconds=0.01)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:2] for row in rows] == [
+        (op, dtype) for op in ("attention fwd", "attention fwd+bwd", "cross_entropy fwd+bwd") for dtype in ("fp32", "bf16")
+    ]
+    for _, dtype, ours, theirs, ratio, *errors in rows:
+        assert float(ours) > 0 and float(theirs) > 0 and ratio.endswith("x")
+        assert all(1e-9 < float(e) < (1e-5 if dtype == "fp32" else 3e-2) for e in errors)

@@ -167,3 +167,14 @@ INLINE void narrow_row(T* to, int64_t stride, const A* from, int64_t n, A factor
   else
     for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i * stride]);
 }
+#if LEVEL_BF16_DOT
+INLINE void narrow_row(bfloat16* to, int64_t stride, const float* from, int64_t n, float factor) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + 32 <= n; i += 32) {
+      f32 lo = load(from + i) * factor, hi = load(from + i + 16) * factor;
+      store((uint32_t*)(to + i), (u32)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
+    }
+  for (; i < n; i++) narrow(from[i] * factor, to[i * stride]);
+}
+#endif

@@ -1,0 +1,58 @@
+"""Compiles what the launchers would launch, for a GPU that need not be here: a call on CPU tensors yields its kernels."""
+
+import contextlib
+import re
+import subprocess
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {  # name: target, bytes of shared memory that a program may take
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class _Driver:
+    """All that a JITFunction asks of a driver in order to compile."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch  # compilations are cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextlib.contextmanager
+def compiling_for(target):
+    """Inside, a launch compiles and does not run. Yields the list that the compiled kernels are added to."""
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+
+    driver.set_active(_Driver(target))
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+        driver.set_active(None)
+
+
+def usage(kernel, folder):
+    """What ptxas gave an NVIDIA kernel: {"REG": registers a thread, "STACK": bytes a thread, "SHARED": ...}."""
+    cubin = folder / f"{kernel.metadata.name}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    return {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", text.split("Function")[-1])}

@@ -24,7 +24,7 @@ class Case(NamedTuple):
         return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
 
 
-SHOWCASE = GPTConfig(vocab_size=96, block_size=128, n_layer=4, n_head=4, n_embd=128)  # what `make run` trains on characters
+SHOWCASE = GPTConfig(vocab_size=103, block_size=64, n_layer=3, n_head=4, n_embd=128)  # what `make run` trains on characters
 SLICE = GPTConfig(vocab_size=50257, block_size=256, n_layer=2, n_head=12, n_embd=768)  # two layers of GPT-2 small
 TINY = GPTConfig(vocab_size=17, block_size=8, n_layer=1, n_head=2, n_embd=16)
 CASES = {

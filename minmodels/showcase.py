@@ -30,8 +30,8 @@ OPS = {  # ours, PyTorch's best, and a part of the inputs that alone decides the
     "cross_entropy": (partial(cross_entropy, reduction="sum"), partial(F.cross_entropy, reduction="sum"), lambda t: t[:64]),
 }
 
-CAPTION = """attention: {attention}, causal, beside F.scaled_dot_product_attention
-cross_entropy: {cross_entropy}, beside F.cross_entropy
+CAPTION = """attention: {attention}, causal; torch: F.scaled_dot_product_attention
+cross_entropy: {cross_entropy}; torch: F.cross_entropy
 ms: medians of calls in turn; ratio: how many times as fast as PyTorch
 error: of the results, or the gradients: max |x - fp64| / max |fp64|"""
 
@@ -51,7 +51,8 @@ def showcase(text: str = "", out: str = "runs/showcase", minutes: float = 1.0, s
     heldout = train(options, overwrite=True, console=console)
     torch.set_num_threads(threads)
     console.rule("a sample")
-    sample = generate(out, prompt="", tokens=500)
+    vocab = files.load_checkpoint(folder, prefix="model.")[1]["vocab"]
+    sample = generate(out, prompt="The " if set("The ") <= set(vocab) else "", tokens=500, seed=1)
     print(sample)
     console.rule("fused ops")
     table = ops_table(sizes, seconds)

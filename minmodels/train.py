@@ -104,7 +104,7 @@ class Run:
             self.model = GPT(config).to(self.device)
         inner = {name: p for name, p in self.model.named_parameters() if name.startswith("h.") and p.dim() == 2}
         outer = {name: p for name, p in self.model.named_parameters() if name not in inner}
-        muon = torch.optim.Muon(inner.values(), options.lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(inner.values(), options.lr, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
         adamw = torch.optim.AdamW(outer.values(), options.lr, weight_decay=0.0, fused=True)
         self.optimizers = dict.fromkeys(inner, muon) | dict.fromkeys(outer, adamw)  # by parameter name
         self.generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same batches whatever the device

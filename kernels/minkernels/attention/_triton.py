@@ -66,6 +66,12 @@ def _program(tiles, heads, heads_at_once):
 
 
 @triton.jit
+def _aligned(strides, UNIT: tl.constexpr):
+    """The same strides, now known to be multiples of UNIT, but for the last: Triton finds out multiples of 16 alone by itself."""
+    return strides[0] // UNIT * UNIT, strides[1] // UNIT * UNIT, strides[2] // UNIT * UNIT, strides[3]
+
+
+@triton.jit
 def _head(X, b, h, strides):
     return X + b * strides[0] + h * strides[1]
 
@@ -132,10 +138,11 @@ def _fwd_kernel(
     q_strides, k_strides, v_strides, mask_strides, o_strides,  # tuples, in elements
     H, Hkv, M, N, heads, heads_at_once,  # heads = B * H
     scale_log2,  # SIGN * scale_log2 turns q @ k.T into log2 units
-    SIGN: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    SIGN: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """Owns BLOCK_M queries of one head."""
+    q_strides, k_strides, v_strides = _aligned(q_strides, UNIT), _aligned(k_strides, UNIT), _aligned(v_strides, UNIT)
     tiles = tl.cdiv(M, BLOCK_M)
     tile, bh = _program(tiles, heads, heads_at_once)
     tile = tiles - 1 - tile  # the last queries see the most keys
@@ -190,10 +197,12 @@ def _dq_kernel(
     do_strides, q_strides, k_strides, v_strides, o_strides, mask_strides, dq_strides,
     H, Hkv, M, N, heads, heads_at_once,
     scale, scale_log2,  # turn q @ k.T into nats, and into log2 units
-    CAUSAL: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """Owns BLOCK_M queries of one head."""
+    q_strides, k_strides, v_strides = _aligned(q_strides, UNIT), _aligned(k_strides, UNIT), _aligned(v_strides, UNIT)
+    do_strides = _aligned(do_strides, UNIT)
     tiles = tl.cdiv(M, BLOCK_M)
     tile, bh = _program(tiles, heads, heads_at_once)
     tile = tiles - 1 - tile
@@ -249,11 +258,13 @@ def _dkdv_kernel(
     do_strides, q_strides, k_strides, v_strides, mask_strides, dk_strides, dv_strides,
     H, Hkv, M, N, heads, heads_at_once, stats_stride,  # heads = B * Hkv; stats_stride from head to head in LSE2 and Delta
     scale, scale_log2,
-    CAUSAL: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
+    CAUSAL: tl.constexpr, UNIT: tl.constexpr, D: tl.constexpr, Dv: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):
     """Owns BLOCK_N keys of one key head; each query head that reads it streams past. A hidden key spoils only its own row of
     dk and dv, which is zeroed at the end."""
+    q_strides, k_strides, v_strides = _aligned(q_strides, UNIT), _aligned(k_strides, UNIT), _aligned(v_strides, UNIT)
+    do_strides = _aligned(do_strides, UNIT)
     tile, bh = _program(tl.cdiv(N, BLOCK_N), heads, heads_at_once)
     b, h, group = bh // Hkv, bh % Hkv, H // Hkv
     K, DK = _head(K, b, h, k_strides), _head(DK, b, h, dk_strides)
@@ -309,7 +320,7 @@ def fwd(q, k, v, key_mask, causal, scale):
             q.stride(), k.stride(), v.stride(), _mask_strides(key_mask), o.stride(),
             H, Hkv, M, N, B * H, _heads_at_once(B * H, k, v),
             max(abs(scale) * math.log2(math.e), 2.0**-126),  # not 0 in fp32: 0 * -inf is NaN
-            SIGN=(scale > 0) - (scale < 0), CAUSAL=causal, D=D, Dv=Dv, **options,
+            SIGN=(scale > 0) - (scale < 0), CAUSAL=causal, UNIT=_unit(q, k, v), D=D, Dv=Dv, **options,
         )
     return o, lse
 
@@ -318,7 +329,7 @@ def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
     (B, H, M, D), (Hkv, N, Dv) = q.shape, v.shape[1:]
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
     strides = do.stride(), q.stride(), k.stride(), v.stride()
-    scales = scale, scale * math.log2(math.e)
+    scales, unit = (scale, scale * math.log2(math.e)), _unit(do, q, k, v)
     options = _options("dq", q, Dv)
     tiles = triton.cdiv(M, options["BLOCK_M"])
     lse2, rest, delta = q.new_empty((3, B, H, tiles * options["BLOCK_M"]), dtype=torch.float32)
@@ -328,14 +339,14 @@ def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
             do, q, k, v, o, lse.contiguous(), key_mask, dq, lse2, rest, delta,
             *strides, o.stride(), _mask_strides(key_mask), dq.stride(),
             H, Hkv, M, N, B * H, _heads_at_once(B * H, k, v), *scales,
-            CAUSAL=causal, D=D, Dv=Dv, **options,
+            CAUSAL=causal, UNIT=unit, D=D, Dv=Dv, **options,
         )
         options = _options("dkdv", q, Dv)
         _dkdv_kernel[(triton.cdiv(N, options["BLOCK_N"]) * B * Hkv,)](
             do, q, k, v, lse2, rest, delta, key_mask, dk, dv,
             *strides, _mask_strides(key_mask), dk.stride(), dv.stride(),
             H, Hkv, M, N, B * Hkv, _heads_at_once(B * Hkv, q, do), lse2.stride(1), *scales,
-            CAUSAL=causal, D=D, Dv=Dv, **options,
+            CAUSAL=causal, UNIT=unit, D=D, Dv=Dv, **options,
         )
     return dq, dk, dv
 
@@ -343,7 +354,10 @@ def bwd(do, q, k, v, o, lse, key_mask, causal, scale):
 def _options(kernel, q, Dv):
     """What a kernel is compiled for: tiles from the table, and head dims rounded up to what tl.dot takes."""
     BLOCK_D, BLOCK_DV = (max(16, triton.next_power_of_2(d)) for d in (q.shape[3], Dv))
-    key = kernel, q.element_size(), max(64, BLOCK_D, BLOCK_DV)
+    width = max(64, BLOCK_D, BLOCK_DV)
+    if (BLOCK_D, BLOCK_DV) != (q.shape[3], Dv):
+        width = 256  # the masks of padded head dims take registers too
+    key = kernel, q.element_size(), width
     BLOCK_M, BLOCK_N, num_warps, num_stages = TILES.get(_arch(q.device), {}).get(key) or TILES["any"][key]
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
     if q.dtype == torch.float32 and not torch.version.hip:
@@ -356,6 +370,12 @@ def _arch(device):
     if device.type != "cuda" or torch.version.hip:
         return "any"
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def _unit(*tensors):
+    """How many elements every row of the tensors starts at a multiple of: 16 bytes of them, for wide loads, or 1."""
+    unit = 16 // tensors[0].element_size()
+    return unit if all(stride % unit == 0 for t in tensors for stride in t.stride()[:3]) else 1
 
 
 def _mask_strides(key_mask):

@@ -96,14 +96,14 @@ def test_no_rows(reduction):
     x, target = (t.to(DEVICE) for t in make(0, 7))
     loss, stats, grad = _triton.fwd(x, target, -100, reduction, reduction != "none")
     torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
-    assert stats.shape == (0, 2) and _triton.bwd(loss, x, target, stats, -100, reduction).shape == grad.shape or reduction == "none"
+    assert (stats.shape == (0, 2) and _triton.bwd(loss, x, target, stats, -100, reduction).shape == grad.shape) or reduction == "none"
 
 
 def test_all_ignored():
     x, target = torch.full((3, 5), math.nan, device=DEVICE), torch.full((3,), -100, device=DEVICE)
     for reduction in ("mean", "sum"):
         loss, _, grad = _triton.fwd(x, target, -100, reduction, True)
-        assert (loss == 0 or reduction == "mean" and loss.isnan()) and (grad == 0).all()
+        assert (loss == 0 or (reduction == "mean" and loss.isnan())) and (grad == 0).all()
 
 
 def test_huge_logits_and_infinities():

@@ -36,7 +36,7 @@ TILES = {  # architecture: (kernel, bytes of an element, head dim up to): BLOCK_
         ("dq", 4, 128): (32, 16, 8, 2),
         ("dq", 4, 256): (16, 16, 8, 2),
         ("dkdv", 4, 64): (32, 32, 8, 1),
-        ("dkdv", 4, 128): (32, 32, 8, 1),
+        ("dkdv", 4, 128): (16, 16, 8, 2),
         ("dkdv", 4, 256): (16, 16, 8, 1),
     },
     "sm_90": {  # within 227 KB; fp32, which uses no tensor core, is as above

@@ -14,10 +14,11 @@ LIBRARY := kernels/minkernels/_ops.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') kernels/minkernels/_build.py
 STAMP := build/installed-$(subst /,_,$(PY))
 
-.PHONY: help run test bench lint build clean
+.PHONY: help run test aot bench lint build clean
 help:
 	@echo "make run     the showcase: what runs here, minGPT trained for a minute, a speed table (TEXT=FILE: on your text)"
 	@echo "make test    every test"
+	@echo "make aot     the GPU kernels compiled for every target and head dim, not only those of make test: no spills, no TF32"
 	@echo "make bench   the benchmarks, and their report in bench/results/local"
 	@echo "make lint    ruff, and clang-format for csrc"
 	@echo "make build   the environment and the C++ library alone"
@@ -31,6 +32,9 @@ run: build
 test: build
 	$(PY) -m pytest tests
 	TRITON_INTERPRET=1 $(PY) -m pytest tests -m interpret
+
+aot: build
+	AOT=all $(PY) -m pytest tests/test_aot.py
 
 bench: build
 	$(PY) -m pytest bench --benchmark-json=bench/results/local.json; status=$$?; \

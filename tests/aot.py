@@ -13,7 +13,16 @@ from triton.runtime.jit import JITFunction
 TARGETS = {  # name: target, bytes of shared memory that a program may take
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+MORE_TARGETS = {  # compiled by `make aot` alone
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
+    "gfx950": (GPUTarget("hip", "gfx950", 64), 160 * 1024),
+}
+ALL_TARGETS = TARGETS | MORE_TARGETS
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -51,8 +60,14 @@ def compiling_for(target):
 
 
 def usage(kernel, folder):
-    """What ptxas gave an NVIDIA kernel: {"REG": registers a thread, "STACK": bytes a thread, "SHARED": ...}."""
-    cubin = folder / f"{kernel.metadata.name}.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
-    return {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", text.split("Function")[-1])}
+    """Registers a thread, bytes a thread that did not fit into them, bytes of shared memory: "registers", "spilled", "shared"."""
+    if "amdgcn" in kernel.asm:
+        found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", kernel.asm["amdgcn"])}
+        registers, spilled = found["vgpr_count"], found["private_segment_fixed_size"] + found["vgpr_spill_count"]
+    else:
+        cubin = folder / f"{kernel.metadata.name}.cubin"
+        cubin.write_bytes(kernel.asm["cubin"])
+        text = subprocess.run([CUOBJDUMP, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+        found = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", text.split("Function")[-1])}
+        registers, spilled = found["REG"], found["STACK"] + found.get("LOCAL", 0)
+    return dict(registers=registers, spilled=spilled, shared=kernel.metadata.shared)

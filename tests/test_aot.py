@@ -11,45 +11,93 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 aot = pytest.importorskip("aot", reason="needs Triton")
 
 from minkernels.attention import _triton as attention  # noqa: E402
+from minkernels.attention._options import Options  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
 
 
-def check(kernels, limit, folder, dtype, names):
+EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
+TARGETS = aot.ALL_TARGETS if EVERY else aot.TARGETS
+DIMS = [(64, 64), (128, 128), (256, 256), (96, 80)] + [(40, 40), (80, 80), (192, 128), (200, 200)] * EVERY
+
+
+def check(kernels, target, folder, dtype, names):
     assert [kernel.metadata.name for kernel in kernels] == names
+    limit = aot.ALL_TARGETS[target][1]
     for kernel in kernels:
         usage = aot.usage(kernel, folder)
-        spilled = usage["STACK"] + usage.get("LOCAL", 0)
-        assert spilled == 0, f"{kernel.metadata.name} spills {spilled} bytes a thread: {usage}"
-        assert kernel.metadata.shared <= limit, f"{kernel.metadata.name} takes {kernel.metadata.shared} bytes of shared memory"
-        if dtype == torch.float32:
+        assert usage["spilled"] == 0, f"{kernel.metadata.name} spills: {usage}"
+        assert usage["shared"] <= limit, f"{kernel.metadata.name} takes more than {limit} bytes of shared memory: {usage}"
+        if dtype == torch.float32 and "ptx" in kernel.asm:
             assert "tf32" not in kernel.asm["ptx"]
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize("dims", [(40, 40), (64, 64), (96, 80), (128, 128), (256, 256)], ids=str)
+def compile_attention(target, dims, dtype, options, monkeypatch, heads=2, queries=64, keys=64, batch=1):
+    """What forward and backward launch; options: (queries, keys) -> Options by name."""
+    monkeypatch.setattr(attention, "_arch", lambda device: target)
+    monkeypatch.setattr(attention, "_processors", lambda device: 132)
+    (D, Dv), kv_heads = dims, 2
+    q, k, v = (torch.empty(batch, h, n, d, dtype=dtype) for h, n, d in ((heads, queries, D), (kv_heads, keys, D), (kv_heads, keys, Dv)))
+    x = Options(**options, scale=0.125)
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        o, lse = attention.fwd(q, k, v, *x)
+        forward = len(kernels)
+        attention.bwd(torch.empty_like(o), None, q, k, v, o, lse, *x, x.bias is not None)
+    return kernels[:forward], kernels[forward:]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_attention(target, dims, dtype, monkeypatch, tmp_path):
-    """Causal and masked, the longest of the variants; the head dims are those of the table, and one between."""
-    (D, Dv), (gpu, limit) = dims, aot.TARGETS[target]
-    monkeypatch.setattr(attention, "_arch", lambda device: target)
-    q, k, v = (torch.empty(1, 2, 64, d, dtype=dtype) for d in (D, D, Dv))
-    args = torch.ones(1, 64, dtype=torch.bool), True, 0.125
-    with aot.compiling_for(gpu) as kernels:
-        o, lse = attention.fwd(q, k, v, *args)
-        attention.bwd(torch.empty_like(o), q, k, v, o, lse, *args)
-    check(kernels, limit, tmp_path, dtype, ["_fwd_kernel", "_dq_kernel", "_dkdv_kernel"])
+    """Causal and masked, the longest of the plain variants; the head dims are those of the table, and some in two widths."""
+    options = dict(key_mask=torch.ones(1, 64, dtype=torch.bool), right=0)
+    forward, backward = compile_attention(target, dims, dtype, options, monkeypatch)
+    check(forward + backward, target, tmp_path, dtype, ["_fwd_kernel", "_dq_kernel", "_dkdv_kernel"])
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("heads", [2, 64] if EVERY else [2])
+def test_attention_decoding(target, dims, dtype, heads, monkeypatch, tmp_path):
+    """A query for each head; 32 heads that share a key head fill a larger tile than one does."""
+    options = dict(key_mask=torch.ones(1, 4096, dtype=torch.bool), right=0)
+    forward, _ = compile_attention(target, dims, dtype, options, monkeypatch, heads, 1, 4096)
+    check(forward, target, tmp_path, dtype, ["_fwd_kernel", "_merge_kernel"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)] + [(256, 256)] * EVERY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_attention_options(target, dims, dtype, monkeypatch, tmp_path):
+    """What a tile has more to load and to compute: a bias that the batch shares, dropout, a window, lengths."""
+    options = dict(
+        bias=torch.empty(1, 2, 64, 64, dtype=dtype), seed=torch.tensor(0), dropout_p=0.1, left=1000, right=0,
+        kv_lens=torch.empty(2, dtype=torch.int32),
+    )  # fmt: skip
+    forward, backward = compile_attention(target, dims, dtype, options, monkeypatch, batch=2)
+    check(forward + backward, target, tmp_path, dtype, ["_fwd_kernel", "_dq_kernel", "_dkdv_kernel", "_dbias_kernel"])
+
+
+@pytest.mark.parametrize("lengths", ["kv_lens", "cu_seqlens"])
+def test_attention_asserts_its_lengths(lengths, monkeypatch):
+    cu = torch.empty(3, dtype=torch.int32)
+    packed = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=64, max_seqlen_k=64)
+    options = dict(kv_lens=torch.empty(1, dtype=torch.int32)) if lengths == "kv_lens" else packed
+    forward, backward = compile_attention("sm_90", (64, 64), torch.bfloat16, options, monkeypatch)
+    for kernel in forward + backward:
+        assert "assertfail" in kernel.asm["ptx"], f"{kernel.metadata.name} does not check {lengths}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("V", [1000, 32768, 128256])  # a row in one block, the largest such, and one read twice
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_cross_entropy(target, V, dtype, tmp_path):
-    gpu, limit = aot.TARGETS[target]
     x, labels = torch.empty(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    with aot.compiling_for(gpu) as kernels:
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
         _, stats, grad = cross_entropy.fwd(x, labels, -100, "mean", True)
         cross_entropy.bwd(torch.empty(()), x, labels, stats, -100, "mean")
         cross_entropy.scale_(grad, torch.empty(()))
-    check(kernels, limit, tmp_path, dtype, ["_fwd_kernel", "_bwd_kernel", "_scale_kernel"])
+    check(kernels, target, tmp_path, dtype, ["_fwd_kernel", "_bwd_kernel", "_scale_kernel"])
     for kernel in kernels[:2]:
         assert "assertfail" in kernel.asm["ptx"], f"{kernel.metadata.name} does not check its labels"

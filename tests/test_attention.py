@@ -1,5 +1,7 @@
 """attention: the reference against autograd, the C++ kernels against the reference at every level, and the public op's promises."""
 
+import itertools
+import math
 import re
 
 import pytest
@@ -11,9 +13,10 @@ from torch.library import opcheck
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
-from judge import assert_close
-from minkernels import _library, attention
-from minkernels.attention import reference
+from attention_cases import OPTIONS, check, gradients, holes, make, move, options, packed
+from minkernels import _library, attention, attention_varlen, merge_attention
+from minkernels.attention import ops, reference
+from minkernels.attention._options import Options
 
 SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles of 6 rows, blocks of 48 or 96 queries, 64 or 128 keys
     "one-token": (1, 1, 1, 1, 1, 16, 16),
@@ -26,145 +29,202 @@ SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles
     "widest": (1, 1, 1, 150, 150, 256, 256),
     "one-key": (2, 2, 2, 49, 1, 7, 7),
     "narrowest": (1, 2, 1, 20, 30, 1, 1),
+    "few-queries": (1, 2, 2, 4, 515, 64, 64),
+    "group-of-eight": (1, 8, 1, 1, 1100, 64, 64),  # eight heads in one task, whose keys are split in two
+    "short-and-long": (1, 1, 1, 20, 1300, 16, 16),  # too many rows to stream; split
     "no-queries": (1, 1, 1, 0, 5, 8, 8),
     "no-keys": (1, 1, 1, 5, 0, 8, 8),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def make(B, H, Hkv, M, N, D, Dv, dtype=torch.float32, padded=False):
-    """q, k, v as views of (B, length, heads, dim); a mask with holes, whose last row hides everything if there are two."""
-    q, k, v = (torch.randn(B, T, h, d).to(dtype).transpose(1, 2) for T, h, d in ((M, H, D), (N, Hkv, D), (N, Hkv, Dv)))
-    key_mask = torch.rand(B, N) > 0.4
-    key_mask[1:] &= torch.arange(B)[1:, None] < B - 1
-    return q, k, v, key_mask if padded else None
+@pytest.mark.parametrize("shape", ["grouped", "more-keys", "no-queries", "no-keys"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference(shape, name):
+    """Its backward against autograd through its forward."""
+    q, k, v = make(*SHAPES[shape], torch.float64)
+    check(reference.fwd, reference.bwd, q, k, v, options(name, q, k))
 
 
-def plain_attention(q, k, v, key_mask, causal, scale):
-    """The textbook formula, rounded to q.dtype after every step: what the error budget is measured against. Returns o, lse."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-    keep = keep.tril(k.shape[2] - q.shape[2]) if causal else keep
-    keep = keep if key_mask is None else keep & key_mask[:, None, None, :]
-    s = (q @ k.mT * scale).masked_fill(~keep, float("-inf"))
-    return s.softmax(-1).nan_to_num() @ v, s.logsumexp(-1)
-
-
-def plain_backward(do, q, k, v, key_mask, causal, scale):
-    """The textbook gradients of FlashAttention-2, which need no M x N intermediate kept: delta, from the rounded o, takes its place."""
-    o = plain_attention(q, k, v, key_mask, causal, scale)[0]
-    p = plain_attention(q, k, torch.eye(k.shape[2], dtype=q.dtype).expand(*k.shape[:3], -1), key_mask, causal, scale)[0]
-    group = q.shape[1] // k.shape[1]
-    k_, v_ = (t.repeat_interleave(group, 1) for t in (k, v))
-    ds = p * (do @ v_.mT - (do * o).sum(-1, keepdim=True)) * scale
-    dk, dv = ((t.mT @ x).unflatten(1, (-1, group)).sum(2) for t, x in ((ds, q), (p, do)))
-    return ds @ k_, dk, dv
-
-
-def gradients(function, inputs, do):
-    inputs = [t.detach().clone().requires_grad_() for t in inputs]
-    return torch.autograd.grad(function(*inputs), inputs, do, materialize_grads=True)
-
-
-def check_cpu(levels, q, k, v, *args, draws=1):
-    """The C++ kernels' o, lse, dq, dk and dv against fp64, at each level."""
+def check_cpu(levels, q, k, v, x, **how):
     from minkernels.attention import _cpu
 
-    dtype = q.dtype
-    wide = [t.double() for t in (q, k, v)]
-    exact_o, exact_lse = reference.fwd(*wide, *args)
-    do = torch.randn(exact_o.shape).to(dtype)
-    exact = gradients(lambda *t: reference.fwd(*t, *args)[0], wide, do.double())
-    wide_plain, plain = torch.promote_types(dtype, torch.float32), []
-    for order in ([], [-1]):  # the sums over the head dim forwards and backwards
-        q_, k_, v_, do_ = (t.flip(order) for t in (q, k, v, do))
-        lse = plain_attention(q_.to(wide_plain), k_.to(wide_plain), v_.to(wide_plain), *args)[1]
-        grads = gradients(lambda *t: plain_attention(*t, *args)[0], (q_, k_, v_), do_)
-        plain.append([plain_attention(q_, k_, v_, *args)[0].flip(order), lse, *(g.flip(order) for g in grads)])
-    plain_o, plain_lse, *plain_grads = zip(*plain, strict=True)
-    plain_grads = [(*both, x) for both, x in zip(plain_grads, plain_backward(do, q, k, v, *args), strict=True)]
-    biggest = [t.abs().max() if t.numel() else 0.0 for t in (exact[2], v, q, k)]
-    cancelled = abs(args[2]) * biggest[0] * biggest[1] * max(biggest[2:])
-    for level in levels:
-        o, lse = _cpu.fwd(q, k, v, *args)
-        assert_close(o, plain_o, exact_o, dtype, f"{level} o", draws=draws)
-        assert_close(lse, plain_lse, exact_lse, wide_plain, f"{level} lse", draws=draws)
-        grads = _cpu.bwd(do, q, k, v, o, lse, *args)
-        for name, x, p, e in zip(("dq", "dk", "dv"), grads, plain_grads, exact, strict=True):
-            assert_close(x, p, e, dtype, f"{level} {name}", cancelled, draws)
+    check(_cpu.fwd, _cpu.bwd, q, k, v, x, runs=levels, **how)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("padded", [False, True], ids=["unmasked", "padded"])
-def test_reference_bwd(shape, causal, padded):
-    q, k, v, key_mask = make(*shape, torch.float64, padded)
-    o, lse = reference.fwd(q, k, v, key_mask, causal, 0.3)
-    do = torch.randn_like(o)
-    exact = gradients(lambda *t: reference.fwd(*t, key_mask, causal, 0.3)[0], (q, k, v), do)
-    for x, e in zip(reference.bwd(do, q, k, v, o, lse, key_mask, causal, 0.3), exact, strict=True):
-        torch.testing.assert_close(x, e)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("padded", [False, True], ids=["unmasked", "padded"])
+@pytest.mark.parametrize("name", ["full", "causal", "padded", "padded-causal", "combined"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu(shape, causal, padded, dtype, levels):
-    check_cpu(levels, *make(*shape, dtype, padded), causal, shape[-2] ** -0.5)
+def test_cpu(shape, name, dtype, levels):
+    q, k, v = make(*shape, dtype)
+    check_cpu(levels, q, k, v, options(name, q, k))
+
+
+@pytest.mark.parametrize("shape", ["ragged-tail", "few-queries", "grouped", "more-queries"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_options(shape, name, dtype, levels):
+    q, k, v = make(*SHAPES[shape], dtype)
+    check_cpu(levels, q, k, v, options(name, q, k))
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 5.0])  # a negative scale turns the maximum round; 5 makes one key take all
+@pytest.mark.parametrize("name", ["padded-causal", "combined"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_scale(scale, dtype, levels):
-    check_cpu(levels, *make(*SHAPES["ragged-tail"], dtype, padded=True), True, scale)
+def test_cpu_scale(scale, name, dtype, levels):
+    q, k, v = make(*SHAPES["ragged-tail"], dtype)
+    check_cpu(levels, q, k, v, options(name, q, k, scale))
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
+LENGTHS = {  # of queries, of keys
+    "one": ([70], [70]),
+    "self": ([5, 0, 130, 1, 64], [5, 0, 130, 1, 64]),
+    "cross": ([3, 40, 0, 20], [90, 0, 7, 129]),  # queries without keys, keys without queries
+    "none": ([], []),
+}
+
+
+PACKED = [{}, dict(right=0), dict(left=9, right=2), dict(right=0, top_left=True), dict(softcap=2.0, dropout_p=0.3)]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("changed", PACKED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_packed(lengths, changed, dtype, levels):
+    M, N = lengths
+    q, k, v = make(1, 4, 2, sum(M), sum(N), 24, 40, dtype)
+    x = Options(cu_seqlens_q=packed(M), cu_seqlens_k=packed(N), scale=0.3, seed=torch.randint(2**62, ()), **changed)
+    x = x._replace(max_seqlen_q=max(M, default=0), max_seqlen_k=max(N, default=0))
+    x = x._replace(sinks=torch.randn(4).to(torch.promote_types(dtype, torch.float32)))
+    check_cpu(levels, q, k, v, x)
+
+
+LAYOUTS = st.permutations(range(4))
+
+
+@settings(max_examples=1500, derandomize=True, deadline=None)
 @given(
     batch=st.integers(1, 3), kv_heads=st.integers(1, 2), group=st.integers(1, 3), M=st.integers(8, 150), N=st.integers(8, 200),
-    D=st.integers(8, 80), Dv=st.integers(8, 80), causal=st.booleans(), padded=st.booleans(), dtype=st.sampled_from(DTYPES),
-    layout=st.permutations(range(4)), step=st.integers(1, 2), seed=st.integers(0, 2**31),
+    D=st.integers(8, 80), Dv=st.integers(8, 80), names=st.lists(st.sampled_from(sorted(OPTIONS)), min_size=1, max_size=3),
+    dtype=st.sampled_from(DTYPES), layout=LAYOUTS, step=st.integers(1, 2), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_cpu_fuzz(library, batch, kv_heads, group, M, N, D, Dv, causal, padded, dtype, layout, step, seed):
-    """Shapes, masks, and strides: the dimensions lie in memory in any order, with gaps. From 8 on: below that the plain formula is
-    exact by luck too often to set a budget, and the named shapes are there."""
+def test_cpu_fuzz(library, batch, kv_heads, group, M, N, D, Dv, names, dtype, layout, step, seed):
+    """Shapes, up to three sets of options at once, and strides: the dimensions lie in memory in any order, with gaps. From 8 on: below
+    that the plain formula is exact by luck too often to set a budget, and the named shapes are there."""
     torch.manual_seed(seed)
-    q, k, v, key_mask = make(batch, kv_heads * group, kv_heads, M, N, D, Dv, dtype, padded)
+    q, k, v = make(batch, kv_heads * group, kv_heads, M, N, D, Dv, dtype)
+    defaults, x = Options(), options(names[0], q, k)
+    for name in names[1:]:
+        changed = {field: value for field, value in options(name, q, k)._asdict().items() if value is not defaults._asdict()[field]}
+        x = x._replace(**changed)
 
     def lay_out(t):
         gaps = torch.empty([t.shape[i] * step for i in layout], dtype=t.dtype).fill_(float("nan"))
         return gaps[tuple(slice(None, None, step) for _ in layout)].permute([layout.index(i) for i in range(4)]).copy_(t)
 
-    check_cpu(["best"], *(lay_out(t) for t in (q, k, v)), key_mask, causal, D**-0.5, draws=2)
+    check_cpu(["best"], q, k, v, x, lay_out=lay_out, draws=2)
+
+
+@settings(max_examples=500, derandomize=True, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=4), kv_heads=st.integers(1, 2),
+    group=st.integers(1, 2), D=st.integers(8, 40), left=st.none() | st.integers(0, 50), right=st.none() | st.integers(0, 50),
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_cpu_packed_fuzz(library, lengths, kv_heads, group, D, left, right, dtype, seed):
+    torch.manual_seed(seed)
+    (M, N), x = zip(*lengths, strict=True), Options(left=left, right=right, scale=D**-0.5)
+    q, k, v = make(1, kv_heads * group, kv_heads, sum(M), sum(N), D, D, dtype)
+    x = x._replace(cu_seqlens_q=packed(M), cu_seqlens_k=packed(N), max_seqlen_q=max(M), max_seqlen_k=max(N))
+    check_cpu(["best"], q, k, v, x, draws=2)
 
 
 def test_cpu_expanded(library):  # stride 0: one key head for all, one batch of values for all
-    q, k, v, key_mask = make(3, 4, 1, 20, 30, 16, 16, torch.bfloat16, padded=True)
-    check_cpu(["best"], q, k.expand(3, 4, 30, 16), v[:1].expand(3, 1, 30, 16).expand(3, 4, 30, 16), key_mask, True, 0.25)
+    q, k, v = make(3, 4, 1, 20, 30, 16, 16, torch.bfloat16)
+    k, v = k.expand(3, 4, 30, 16), v[:1].expand(3, 1, 30, 16).expand(3, 4, 30, 16)
+    check_cpu(["best"], q, k, v, options("padded-causal", q, k))
 
 
+@pytest.mark.parametrize("name", ["padded-causal", "combined", "bias-of-queries", "bias-of-all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_same_bits_for_any_number_of_threads(dtype, library):
+def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
     from minkernels.attention import _cpu
 
-    q, k, v, key_mask = make(1, 2, 1, 300, 400, 64, 64, dtype, padded=True)
-    do, threads, results = torch.randn(q.shape).to(dtype), torch.get_num_threads(), []
+    q, k, v = make(2, 2, 1, 300, 400, 64, 64, dtype)
+    x, threads, results = options(name, q, k), torch.get_num_threads(), []
+    do = torch.randn(q.shape).to(dtype)
+    few = make(1, 2, 1, 2, 3000, 64, 64, dtype)  # split over its keys
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
-            o, lse = _cpu.fwd(q, k, v, key_mask, True, 0.1)
-            results.append((o, lse, *_cpu.bwd(do, q, k, v, o, lse, key_mask, True, 0.1)))
+            o, lse = _cpu.fwd(q, k, v, *x)
+            results.append((o, lse, *_cpu.bwd(do, None, q, k, v, o, lse, *x, x.bias is not None), *_cpu.fwd(*few, *Options())))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+def test_workspace(library):
+    """At most what inputs and outputs take in fp32; nothing that grows with M N."""
+    from minkernels.attention import _cpu
+
+    S, x, peaks = 8192, Options(right=0), {}
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v, do = (torch.randn(1, 1, S, 64).to(dtype) for _ in range(4))
+        o, lse = _cpu.fwd(q, k, v, *x)
+        fp32 = S * 64 * 4  # bytes of a tensor; outputs are fresh memory too
+        peaks[dtype, "fwd"] = (extra_peak(lambda: _cpu.fwd(q, k, v, *x)) - o.nbytes) / (4 * fp32)  # noqa: B023
+        peaks[dtype, "bwd"] = (extra_peak(lambda: _cpu.bwd(do, None, q, k, v, o, lse, *x, False)) - 3 * q.nbytes) / (8 * fp32)  # noqa: B023
+    assert max(peaks.values()) <= 1.0, f"workspace, in units of inputs and outputs in fp32: {peaks}"
+
+
+def extra_peak(run):
+    """Bytes by which the resident memory of this process rises while run() does."""
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def status(field):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
+
+
+def test_dropout_keeps_its_share(library):
+    """And every backend keeps the same: the reference's mask is exact, so its share is the kernels' too."""
+    q, k, v = make(2, 2, 2, 256, 300, 16, 300)
+    v = torch.eye(300).expand(2, 2, 300, 300)[..., :256]  # o is p itself
+    for dropout_p in (0.1, 0.5, 0.9):
+        x = Options(dropout_p=dropout_p, seed=torch.randint(2**62, ()), scale=0.1)
+        kept = reference._kept(q, k, x)
+        assert abs(kept.double().mean() - (1 - dropout_p)) < 0.004
+        from minkernels.attention import _cpu
+
+        assert torch.equal(_cpu.fwd(q, k, v, *x)[0] != 0, kept[..., :256])
+
+
+def test_dropout_draws_from_torchs_generator(library):
+    q, k, v = make(1, 2, 2, 40, 40, 16, 16)
+    torch.manual_seed(1)
+    first, second = attention(q, k, v, dropout_p=0.5), attention(q, k, v, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(attention(q, k, v, dropout_p=0.5), first) and not torch.equal(first, second)
+    q.requires_grad_()
+    grads = []
+    for again in (False, True):  # recomputed under the same seed, so the same mask
+        torch.manual_seed(2)
+        o = checkpoint(attention, q, k, v, dropout_p=0.5, use_reentrant=False) if again else attention(q, k, v, dropout_p=0.5)
+        grads.append(torch.autograd.grad(o.sum(), q)[0])
+    assert torch.equal(*grads)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_hidden_keys_reach_nothing(bad, dtype, library):
-    q, k, v, key_mask = make(2, 4, 2, 60, 70, 24, 24, dtype, padded=True)
+    (q, k, v), key_mask = make(2, 4, 2, 60, 70, 24, 24, dtype), holes(2, 70)
     key_mask[0, :3] = False
     runs = []
     for planted in (0.0, bad):
@@ -177,33 +237,99 @@ def test_hidden_keys_reach_nothing(bad, dtype, library):
 
 
 def test_nan_in_sight_stays(library):
-    q, k, v, _ = make(1, 1, 1, 40, 40, 16, 16)
+    q, k, v = make(1, 1, 1, 40, 40, 16, 16)
     q[0, 0, 7, 3] = float("nan")
     o = attention(q, k, v)
     assert o[0, 0, 7].isnan().all() and o[0, 0, :7].isfinite().all() and o[0, 0, 8:].isfinite().all()
 
 
 def test_query_without_keys(library):
-    q, k, v, _ = make(2, 1, 1, 4, 3, 8, 8)
+    q, k, v = make(2, 1, 1, 4, 3, 8, 8)
     key_mask = torch.tensor([[True, True, True], [False, False, False]])
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     o = attention(q, k, v, key_mask=key_mask, causal=True)  # M > N: the first query of the first batch sees nothing either
     dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
     assert (o[1] == 0).all() and (o[0, 0, 0] == 0).all() and (o[0, 0, 1:] != 0).all()
     assert all((t[1] == 0).all() for t in (dq, dk, dv)) and (dq[0, 0, 0] == 0).all()
-    assert reference.fwd(q, k, v, key_mask, True, 1.0)[1][1].isneginf().all()
+    assert attention(q, k, v, key_mask=key_mask, return_lse=True)[1][1].isneginf().all()
 
 
 def test_agrees_with_sdpa():
-    q, k, v, key_mask = make(2, 4, 4, 30, 30, 16, 16, padded=True)
+    (q, k, v), key_mask = make(2, 4, 4, 30, 40, 16, 16), holes(2, 40)
     key_mask[:, 0] = True
-    torch.testing.assert_close(attention(q, k, v, causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
-    mask = key_mask[:, None, None]
-    torch.testing.assert_close(attention(q, k, v, key_mask=key_mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    sdpa, mask, bias = F.scaled_dot_product_attention, torch.rand(30, 40) > 0.3, torch.randn(4, 1, 40)
+    torch.testing.assert_close(attention(q, k, v, causal="top-left"), sdpa(q, k, v, is_causal=True))
+    torch.testing.assert_close(attention(q, k, v, causal=True), sdpa(q, k, v, attn_mask=torch.ones(30, 40, dtype=torch.bool).tril(10)))
+    torch.testing.assert_close(attention(q, k, v, key_mask=key_mask), sdpa(q, k, v, attn_mask=key_mask[:, None, None]))
+    torch.testing.assert_close(attention(q, k, v, mask=key_mask[:, None, None]), sdpa(q, k, v, attn_mask=key_mask[:, None, None]))
+    torch.testing.assert_close(attention(q, k, v, mask=mask), sdpa(q, k, v, attn_mask=mask))
+    torch.testing.assert_close(attention(q, k, v, bias=bias), sdpa(q, k, v, attn_mask=bias.expand(2, 4, 30, 40)))
+    torch.testing.assert_close(attention(q, k[:, :2], v[:, :2]), sdpa(q, k[:, :2], v[:, :2], enable_gqa=True))
+
+
+def test_window_is_drawn_right(library):
+    """Against the definition, one query and key at a time."""
+    q, k, v = make(2, 1, 1, 7, 10, 8, 10)
+    v, lens = torch.eye(10).expand(2, 1, 10, 10), torch.tensor([10, 6])
+    for window, causal in (((2, 1), False), ((None, 0), False), ((3, 5), True), ((1, 1), "top-left"), ((-1, 2), False)):
+        p = attention(q, k, v, window=window, causal=causal, kv_lens=lens)
+        for b, i, j in itertools.product(range(2), range(7), range(10)):
+            at, n = i + (0 if causal == "top-left" else int(lens[b]) - 7), int(lens[b])
+            left, right = (10**6 if w is None or w < 0 else w for w in window)
+            seen = j < n and at - left <= j <= at + (min(right, 0) if causal else right)
+            assert (p[b, 0, i, j] > 0) == seen, (window, causal, b, i, j)
+
+
+def test_packed_is_one_by_one(library):
+    lengths_q, lengths_k = [5, 0, 3, 20], [9, 4, 0, 20]
+    q, k, v = (t[0].transpose(0, 1).requires_grad_() for t in make(1, 4, 2, 28, 33, 16, 24))
+    cu_q, cu_k = packed(lengths_q), packed(lengths_k)
+    o, lse = attention_varlen(q, k, v, cu_q, cu_k.long(), max_seqlen_q=20, max_seqlen_k=25, causal=True, return_lse=True)
+    parts = []
+    for q_, k_, v_ in zip(*(t.split(n) for t, n in ((q, lengths_q), (k, lengths_k), (v, lengths_k))), strict=True):
+        o_, lse_ = attention(*(t.transpose(0, 1)[None] for t in (q_, k_, v_)), causal=True, return_lse=True)
+        parts.append((o_[0].transpose(0, 1), lse_[0].T))
+    expected = tuple(torch.cat(x) for x in zip(*parts, strict=True))
+    for x, e in zip((o, lse), expected, strict=True):
+        torch.testing.assert_close(x, e)
+    do = torch.randn_like(o)
+    for x, e in zip(torch.autograd.grad(o, (q, k, v), do), torch.autograd.grad(expected[0], (q, k, v), do), strict=True):
+        torch.testing.assert_close(x, e)
+
+
+def test_merge(library):
+    """Attention over two halves of the keys, one of which a query may not see at all, is attention over both; so are its gradients."""
+    (q, k, v), mask = make(2, 4, 4, 9, 20, 8, 8, torch.float64), torch.rand(2, 20) > 0.5
+    mask[0, :12], mask[1, 12:] = False, False
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+
+    def halves(q, k, v):
+        parts = [attention(q, k[:, :, at], v[:, :, at], key_mask=mask[:, at], return_lse=True) for at in (slice(12), slice(12, None))]
+        return merge_attention(*parts[0], *parts[1])
+
+    def whole(q, k, v):
+        return attention(q, k, v, key_mask=mask, return_lse=True)
+
+    douts = torch.randn(2, 4, 9, 8, dtype=torch.float64), torch.randn(2, 4, 9, dtype=torch.float64)
+    for x, e in zip(halves(*inputs) + gradients(halves, inputs, *douts), whole(*inputs) + gradients(whole, inputs, *douts), strict=True):
+        torch.testing.assert_close(x, e)
+    nothing = merge_attention(torch.zeros(3, 4), torch.full((3,), -math.inf), torch.zeros(3, 4), torch.full((3,), -math.inf))
+    assert (nothing[0] == 0).all() and nothing[1].isneginf().all()
+    with pytest.raises(ValueError, match=re.escape("lse2 must be (3,) to fit out1 (3, 4), got (4,)")):
+        merge_attention(torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, 4), torch.zeros(4))
+
+
+def test_lse(library):
+    q, k, v = make(1, 2, 2, 5, 7, 8, 8, torch.bfloat16)
+    sinks = torch.randn(2)
+    o, lse = attention(q, k, v, sinks=sinks, kv_lens=torch.tensor([0]), return_lse=True)
+    assert lse.dtype == torch.float32 and (o == 0).all() and torch.equal(lse, sinks[:, None].expand(2, 5)[None])
+    lse = attention(q, k, v, scale=1.0, dropout_p=0.5, return_lse=True)[1]
+    torch.testing.assert_close(lse, (q.float() @ k.float().mT).logsumexp(-1))
 
 
 def test_output_keeps_the_layout():
-    q, k, v, _ = make(2, 3, 3, 5, 6, 8, 4)
+    q, k, v = make(2, 3, 3, 5, 6, 8, 4)
     assert attention(q, k, v).transpose(1, 2).is_contiguous() and attention(q.contiguous(), k, v).is_contiguous()
     qkv = torch.randn(2, 5, 3, 4, 8).permute(2, 0, 3, 1, 4)  # one projection: q is not dense, its order is
     assert attention(*qkv).transpose(1, 2).is_contiguous()
@@ -213,36 +339,54 @@ def test_output_keeps_the_layout():
 
 
 def test_gradcheck(library):
-    q, k, v, key_mask = make(2, 4, 2, 5, 7, 6, 3, torch.float64, padded=True)
-    inputs = tuple(t.requires_grad_() for t in (q, k, v))
-    assert torch.autograd.gradcheck(lambda *t: attention(*t, key_mask=key_mask, causal=True), inputs)
+    q, k, v = make(2, 4, 2, 5, 7, 6, 3, torch.float64)
+    bias, sinks = torch.randn(4, 1, 7, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    inputs = tuple(t.requires_grad_() for t in (q, k, v, bias, sinks))
+
+    def function(q, k, v, bias, sinks):
+        return attention(q, k, v, key_mask=mask, causal=True, bias=bias, sinks=sinks, softcap=3.0, window=(4, None), return_lse=True)
+
+    mask = holes(2, 7)
+    assert torch.autograd.gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-@pytest.mark.parametrize("padded", [False, True], ids=["unmasked", "padded"])
+@pytest.mark.parametrize("name", ["full", "padded-causal", "combined"])
 @pytest.mark.parametrize("shape", ["ragged-tail", "more-keys", "no-keys"])
-def test_registration(shape, padded, permuted, device):
-    q, k, v, key_mask = make(*SHAPES[shape], padded=padded)
-    q, k, v = (t.to(device) if permuted else t.to(device).contiguous() for t in (q, k, v))
-    key_mask = None if key_mask is None else key_mask.to(device)
-    args = key_mask, True, 0.25
-    opcheck(torch.ops.minkernels.attention_fwd.default, (q, k, v, *args))
-    o, lse = torch.ops.minkernels.attention_fwd(q, k, v, *args)
-    opcheck(torch.ops.minkernels.attention_bwd.default, (torch.randn_like(o), q, k, v, o, lse, *args))
+def test_registration(shape, name, permuted, device):
+    q, k, v = make(*SHAPES[shape])
+    x = options(name, q, k)
+    q, k, v, x = (move(t, device) for t in (q, k, v, x))
+    q, k, v = (t if permuted else t.contiguous() for t in (q, k, v))
+    opcheck(torch.ops.minkernels.attention_fwd.default, (q, k, v, *x))
+    o, lse = torch.ops.minkernels.attention_fwd(q, k, v, *x)
+    douts = torch.randn_like(o), torch.randn_like(lse)
+    opcheck(torch.ops.minkernels.attention_bwd.default, (*douts, q, k, v, o, lse, *x, x.bias is not None))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(backend, library):
     def step(q, k, v, key_mask):
         q = q * 2.0  # something to fuse
-        return attention(q, k, v, key_mask=key_mask, causal=True).sin()
+        more = dict(bias=q.sum(-1, keepdim=True), window=(q.shape[2], None))
+        o, lse = attention(q, k, v, key_mask=key_mask, causal=True, **more, return_lse=True)
+        return o.sin() + lse[..., None].sigmoid()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
     for N in (9, 12):
-        q, k, v, key_mask = make(2, 4, 2, 7, N, 16, 16, padded=True)
+        (q, k, v), key_mask = make(2, 4, 2, 7, N, 16, 16), holes(2, N)
         do = torch.randn(2, 4, 7, 16)
         for x, y in zip(*(gradients(lambda *t, f=f: f(*t, key_mask), (q, k, v), do) for f in (compiled, step)), strict=True):  # noqa: B023
             torch.testing.assert_close(x, y)
+
+
+def test_compile_packed(library):
+    compiled = torch.compile(attention_varlen, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([4, 7], [9, 1], [3, 3]):
+        q, k, v = (t[0].transpose(0, 1) for t in make(1, 2, 2, sum(lengths), sum(lengths), 8, 8))
+        args = q, k, v, packed(lengths), packed(lengths)
+        longest = dict(max_seqlen_q=max(lengths), max_seqlen_k=max(lengths))
+        torch.testing.assert_close(compiled(*args, **longest, causal=True), attention_varlen(*args, **longest, causal=True))
 
 
 def test_export():
@@ -250,15 +394,15 @@ def test_export():
         def forward(self, q, k, v):
             return attention(q, k, v, causal=True)
 
-    q, k, v, _ = make(2, 2, 2, 5, 5, 8, 8)
+    q, k, v = make(2, 2, 2, 5, 5, 8, 8)
     length = torch.export.Dim("length", min=2, max=100)
     program = torch.export.export(Model(), (q, k, v), dynamic_shapes=[{2: length}] * 3)
-    q, k, v, _ = make(2, 2, 2, 9, 9, 8, 8)
+    q, k, v = make(2, 2, 2, 9, 9, 8, 8)
     torch.testing.assert_close(program.module()(q, k, v), attention(q, k, v, causal=True))
 
 
 def test_functional_transforms(library):
-    q, k, v, _ = make(3, 2, 2, 5, 7, 8, 8, torch.float64)
+    q, k, v = make(3, 2, 2, 5, 7, 8, 8, torch.float64)
 
     def loss(q, k, v):
         return attention(q[None], k[None], v[None], causal=True).square().sum()
@@ -272,7 +416,7 @@ def test_functional_transforms(library):
 
 
 def test_autocast():
-    q, k, v, _ = make(1, 2, 2, 5, 5, 8, 8)
+    q, k, v = make(1, 2, 2, 5, 5, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
         assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
@@ -286,7 +430,7 @@ def test_selective_checkpoint(library):
         calls.append(op)
         return CheckpointPolicy.MUST_SAVE if op == original else CheckpointPolicy.PREFER_RECOMPUTE
 
-    q, k, v, _ = make(1, 2, 2, 6, 6, 8, 8)
+    q, k, v = make(1, 2, 2, 6, 6, 8, 8)
     q.requires_grad_()
     saved = checkpoint(
         lambda q: attention(q * 2, k, v), q, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
@@ -297,14 +441,14 @@ def test_selective_checkpoint(library):
 
 
 def test_flops_are_counted():
-    q, k, v, _ = make(2, 4, 2, 5, 7, 8, 3)
+    q, k, v = make(2, 4, 2, 5, 7, 8, 3)
     with FlopCounterMode(display=False) as counter:
         attention(q.requires_grad_(), k, v).sum().backward()
     assert counter.get_total_flops() == 2 * (2 * 4 * 5 * 7) * ((8 + 3) + (3 * 8 + 2 * 3))
 
 
 def test_second_derivative_raises(library):
-    q, k, v, _ = make(1, 1, 1, 3, 3, 4, 4)
+    q, k, v = make(1, 1, 1, 3, 3, 4, 4)
     q.requires_grad_()
     (dq,) = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
@@ -312,7 +456,7 @@ def test_second_derivative_raises(library):
 
 
 def test_forward_mode_raises():
-    q, k, v, _ = make(1, 1, 1, 3, 3, 4, 4)
+    q, k, v = make(1, 1, 1, 3, 3, 4, 4)
     with pytest.raises(RuntimeError, match="jvp"):
         torch.func.jvp(lambda q: attention(q, k, v), (q,), (q,))
 
@@ -337,10 +481,24 @@ BAD = {
     "heads": (dict(k=T(2, 2, 6, 8), v=T(2, 2, 6, 8)), ValueError, "q has 3 heads, which is no multiple of the 2 heads of k"),
     "too wide": (dict(q=T(2, 3, 5, 257), k=T(2, 3, 6, 257)), ValueError, "head dim of q must be 1 to 256, got 257"),
     "too narrow": (dict(v=T(2, 3, 6, 0)), ValueError, "head dim of v must be 1 to 256, got 0"),
-    "causal": (dict(causal="yes"), TypeError, "causal must be a bool, got 'yes'"),
-    "mask type": (dict(key_mask=T(2, 6)), TypeError, "key_mask must be a bool tensor, got torch.float32"),
-    "mask shape": (dict(key_mask=T(2, 5, dtype=torch.bool)), ValueError, "key_mask must be (B=2, N=6), got (2, 5)"),
-    "mask device": (dict(key_mask=T(2, 6, dtype=torch.bool, device="meta")), TypeError, "key_mask is on meta, but q is on cpu"),
+    "causal": (dict(causal="yes"), ValueError, "causal must be True, False or \"top-left\", got 'yes'"),
+    "key_mask type": (dict(key_mask=T(2, 6)), TypeError, "key_mask must be a bool tensor, got torch.float32"),
+    "key_mask shape": (dict(key_mask=T(2, 5, dtype=torch.bool)), ValueError, "key_mask must be (B=2, N=6), got (2, 5)"),
+    "key_mask device": (dict(key_mask=T(2, 6, dtype=torch.bool, device="meta")), TypeError, "key_mask is on meta, but q is on cpu"),
+    "kv_lens type": (dict(kv_lens=T(2)), TypeError, "kv_lens must be a int32 or int64 tensor, got torch.float32"),
+    "kv_lens shape": (dict(kv_lens=T(3, dtype=torch.int32)), ValueError, "kv_lens must be (B=2,), got (3,)"),
+    "kv_lens high": (dict(kv_lens=torch.tensor([3, 7])), ValueError, "kv_lens must be 0 to N=6, got 7"),
+    "kv_lens low": (dict(kv_lens=torch.tensor([-1, 2])), ValueError, "kv_lens must be 0 to N=6, got -1"),
+    "mask type": (dict(mask=T(5, 6)), TypeError, "mask must be a bool tensor, got torch.float32"),
+    "mask shape": (dict(mask=T(4, 6, dtype=torch.bool)), ValueError, "mask must broadcast to (B, H, M, N) = (2, 3, 5, 6), got (4, 6)"),
+    "bias type": (dict(bias=T(5, 6, dtype=torch.bool)), TypeError, "bias must be a float16 or bfloat16 or .* got torch.bool"),
+    "bias shape": (dict(bias=T(1, 2, 3, 5, 6)), ValueError, "bias must broadcast to (B, H, M, N) = (2, 3, 5, 6), got (1, 2, 3, 5, 6)"),
+    "window": (dict(window=3), TypeError, "window must be two ints or None, (left, right), got 3"),
+    "window of floats": (dict(window=(1.0, 2)), TypeError, "window must be two ints or None, (left, right), got (1.0, 2)"),
+    "softcap": (dict(softcap=0), ValueError, "softcap must be positive, got 0"),
+    "sinks": (dict(sinks=T(2)), ValueError, "sinks must be (H=3,), got (2,)"),
+    "dropout": (dict(dropout_p=1.0), ValueError, "dropout_p must be at least 0 and under 1, got 1.0"),
+    "dropout type": (dict(dropout_p="half"), TypeError, "dropout_p must be a number, got 'half'"),
     "scale type": (dict(scale="big"), TypeError, "scale must be a number, got 'big'"),
     "scale value": (dict(scale=float("nan")), ValueError, "scale must be finite, got nan"),
 }
@@ -353,3 +511,27 @@ def test_bad_input(change, error, message):
     pattern = re.escape(message).replace(r"\.\*", ".*").replace(r"\ ", " ")
     with pytest.raises(error, match=pattern):
         attention(**good | change)
+
+
+CU = torch.tensor([0, 2, 5], dtype=torch.int32)
+BAD_PACKED = {
+    "rank": (dict(q=T(1, 5, 3, 8)), ValueError, "q must have 3 dimensions (length, heads, head dim), got shape (1, 5, 3, 8)"),
+    "falls": (dict(cu_seqlens_q=torch.tensor([0, 7, 5])), ValueError, "cu_seqlens_q must rise from 0 to 5, the length of q, got [0, 7, 5]"),
+    "start": (dict(cu_seqlens_k=torch.tensor([1, 2, 5])), ValueError, "cu_seqlens_k must rise from 0 to 5, the length of k, got [1, 2, 5]"),
+    "end": (dict(cu_seqlens_k=torch.tensor([0, 2, 4])), ValueError, "cu_seqlens_k must rise from 0 to 5, the length of k, got [0, 2, 4]"),
+    "count": (dict(cu_seqlens_k=torch.tensor([0, 5])), ValueError, "cu_seqlens_k must be (3,), at least one, got (2,)"),
+    "type": (dict(cu_seqlens_q=[0, 2, 5]), TypeError, "cu_seqlens_q must be a int32 or int64 tensor, got list"),
+    "longest": (dict(max_seqlen_k=2), ValueError, "max_seqlen_k is 2, but cu_seqlens_k holds a sequence of 3"),
+    "longest type": (dict(max_seqlen_q=3.0), TypeError, "max_seqlen_q must be an int, got 3.0"),
+}
+
+
+@pytest.mark.parametrize("with_library", [True, False], ids=["cpp", "reference"])
+@pytest.mark.parametrize("change, error, message", BAD_PACKED.values(), ids=BAD_PACKED)
+def test_bad_packed_input(change, error, message, with_library, monkeypatch, library):
+    if not with_library:
+        monkeypatch.setattr(ops, "_fwd", reference.fwd)
+    good = dict(q=T(5, 3, 8), k=T(5, 3, 8), v=T(5, 3, 8), cu_seqlens_q=CU, cu_seqlens_k=CU, max_seqlen_q=3, max_seqlen_k=3)
+    attention_varlen(**good)
+    with pytest.raises(error, match=re.escape(message)):
+        attention_varlen(**good | change)

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judge import assert_close
+import attention_cases as cases
+from attention_cases import OPTIONS, holes, make, move, packed
 from minkernels import attention
-from minkernels.attention import _outputs, reference
-from test_attention import gradients, make, plain_attention, plain_backward
+from minkernels.attention._options import Options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -25,15 +25,14 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # interpreted bfloat16 arithmetic is wrong
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
-SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; tiles are 16 to 128 long, and as wide as the next power of two from 16
+SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; tiles are 16 to 128 long
     "one-token": (1, 1, 1, 1, 1, 16, 16),
     "ragged-tail": (1, 2, 2, 150, 150, 64, 64),  # whole tiles and an edge
-    "decoding": (2, 2, 1, 1, 200, 64, 64),  # one query, whose tile sees all keys; two heads share each key head
-    "more-keys": (1, 1, 1, 70, 200, 40, 96),  # Dv is wider than D, and both are padded
+    "decoding": (2, 4, 2, 3, 300, 64, 64),  # one tile for the queries of the two heads that share a key head
+    "more-keys": (1, 1, 1, 70, 200, 40, 96),  # two widths each: 32 + 16 (half of it padding) and 64 + 32
     "more-queries": (1, 1, 1, 200, 70, 96, 24),  # causal: the first 130 queries see nothing, some tiles of them whole
     "grouped": (1, 6, 2, 33, 50, 80, 80),  # three heads share each key head
-    "odd-dims": (1, 1, 1, 65, 65, 33, 17),
-    "widest": (1, 1, 1, 70, 70, 256, 256),
+    "odd-dims": (2, 1, 1, 65, 65, 33, 17),
     "thinnest": (2, 2, 2, 49, 1, 1, 1),
     "no-queries": (1, 1, 1, 0, 5, 8, 8),
     "no-keys": (1, 1, 1, 5, 0, 8, 8),
@@ -52,141 +51,221 @@ def exact_dots():
         yield
 
 
-def check(q, k, v, key_mask, causal, scale, lay_out=lambda t: t):
-    """o, lse, dq, dk and dv against fp64; the kernels are given NaN and inf in each hidden key and value."""
-    dtype, args = q.dtype, (key_mask, causal, scale)
-    wide, wide_plain = [t.double() for t in (q, k, v)], torch.promote_types(q.dtype, torch.float32)
-    exact = reference.fwd(*wide, *args)
-    do = torch.randn(exact[0].shape).to(dtype)
-    exact = *exact, *gradients(lambda *t: reference.fwd(*t, *args)[0], wide, do.double())
-    plain = []
-    for order in ([], [-1]):  # the sums over the head dim forwards and backwards
-        q_, k_, v_, do_ = (t.flip(order) for t in (q, k, v, do))
-        lse = plain_attention(q_.to(wide_plain), k_.to(wide_plain), v_.to(wide_plain), *args)[1]
-        grads = gradients(lambda *t: plain_attention(*t, *args)[0], (q_, k_, v_), do_)
-        plain.append([plain_attention(q_, k_, v_, *args)[0].flip(order), lse, *(g.flip(order) for g in grads)])
-    plain.append([*plain[0][:2], *plain_backward(do, q, k, v, *args)])
-    biggest = [t.abs().max() if t.numel() else 0.0 for t in (do, v, q, k)]
-    cancelled = abs(scale) * biggest[0] * biggest[1] * max(biggest[2:])
-
-    if key_mask is not None:
-        hidden = ~key_mask[:, None, :, None]
-        k, v = k.masked_fill(hidden, math.nan), v.masked_fill(hidden, math.inf)
-        key_mask = key_mask.to(DEVICE)
-    do, q, k, v = (lay_out(t.to(DEVICE)) for t in (do, q, k, v))
-    o, lse = _triton.fwd(q, k, v, key_mask, causal, scale)
-    actual = o, lse, *_triton.bwd(do, q, k, v, o, lse, key_mask, causal, scale)
-    promised = _outputs.like(q, v.shape[-1]), _outputs.lse_like(q), *(torch.empty_like(t) for t in (q, k, v))
-    for name, x, like, e, *p in zip(("o", "lse", "dq", "dk", "dv"), actual, promised, exact, *plain, strict=True):
-        assert x.dtype == like.dtype and x.stride() == like.stride(), f"{name}: not what the fake promises"
-        assert_close(x.cpu(), p, e, wide_plain if name == "lse" else dtype, name, cancelled if name[0] == "d" else 0.0)
+def check(q, k, v, x, **more):
+    cases.check(_triton.fwd, _triton.bwd, q, k, v, x, device=DEVICE, **more)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("padded", [False, True], ids=["unmasked", "padded"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton(shape, causal, padded, dtype):
-    check(*make(*shape, dtype, padded), causal, shape[-2] ** -0.5)
+CASES = {  # interpreted, each shape and each option meets both dtypes, but not each of their pairs
+    f"{dtype}-{name}-{shape}": (dtype, name, sizes)
+    for i, (shape, sizes) in enumerate(SHAPES.items())
+    for j, name in enumerate(OPTIONS)
+    for n, dtype in enumerate(DTYPES)
+    if not INTERPRETED or (i + j + n) % 2
+}
+
+
+@pytest.mark.parametrize("dtype, name, sizes", CASES.values(), ids=CASES)
+def test_triton(dtype, name, sizes):
+    q, k, v = make(*sizes, dtype)
+    draws = 4 if k.shape[2] == 1 else 1  # of the gradients of a softmax over one key, little is left but what cancels
+    check(q, k, v, cases.options(name, q, k), draws=draws)
 
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 5.0])  # a negative scale turns the maximum round; 5 makes one key take all
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale(scale, dtype):
-    check(*make(1, 2, 1, 70, 90, 32, 32, dtype, padded=True), True, scale)
+    q, k, v = make(1, 2, 1, 70, 90, 32, 32, dtype)
+    check(q, k, v, cases.options("padded-causal", q, k, scale))
+
+
+@pytest.mark.parametrize("name", ["full", "combined"])
+def test_widest(name):
+    q, k, v = make(1, 1, 1, 40, 70, 256, 160, torch.float16)
+    check(q, k, v, cases.options(name, q, k))
 
 
 MASKS = {  # what a program makes of the mask of 300 keys: tiles to skip, tiles to take whole, tiles with an edge
     "right-padded": lambda n: n < 211,
-    "left-padded": lambda n: n >= 77,  # whole tiles start at key 77
+    "left-padded": lambda n: n >= 77,  # whole tiles start at key 77, with dropout, which counts keys in fours, after an edge
     "a-hole": lambda n: (n < 150) | (n >= 160),  # whole tiles, then masked ones to the end
     "every-other": lambda n: n % 2 == 0,  # no whole tile
     "one-key": lambda n: n == 299,
 }
+BANDS = {  # of 300 queries and keys
+    "full": {},
+    "causal": dict(right=0),
+    "window": dict(left=140, right=20),  # an edge to the left, whole tiles, an edge to the right
+    "look-ahead": dict(right=200, top_left=True),
+    "dropout": dict(seed=torch.tensor(5), dropout_p=0.1),
+}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_mask(mask, causal):
-    q, k, v, _ = make(1, 1, 1, 300, 300, 16, 16, torch.float16)
-    check(q, k, v, mask(torch.arange(300))[None], causal, 0.25)
+@pytest.mark.parametrize("band", BANDS.values(), ids=BANDS)
+def test_mask(mask, band):
+    q, k, v = make(1, 1, 1, 300, 300, 16, 16, torch.float16)
+    check(q, k, v, Options(key_mask=mask(torch.arange(300))[None], **band, scale=0.25))
+
+
+@pytest.mark.parametrize("left", [None, 0, 60, 2**40], ids=str)
+@pytest.mark.parametrize("right", [None, 0, 60, 2**40], ids=str)
+def test_band(left, right):
+    """More queries than keys, aligned to the bottom right: some see nothing, and whole tiles lie between two edges or none do."""
+    q, k, v = make(1, 1, 1, 330, 270, 16, 16, torch.float16)
+    check(q, k, v, Options(left=left, right=right, scale=0.25))
+
+
+VARLEN = {  # queries and keys of each sequence
+    "one": ([70], [90]),
+    "many": ([33, 1, 90, 17], [33, 40, 90, 16]),
+    "empty": ([0, 20, 0, 30, 5, 0], [7, 20, 0, 0, 5, 0]),  # of queries, of keys, of both
+    "nothing": ([0, 0], [0, 0]),
+    "decoding": ([1, 3, 0, 2], [100, 300, 20, 3]),
+}
+PACKED = {
+    "full": {},
+    "causal": dict(right=0),
+    "window": dict(left=9, right=4, top_left=True),
+    "dropout": dict(seed=torch.tensor(2**60 + 1), dropout_p=0.3, left=20),
+    "rest": dict(softcap=2.0, sinks=torch.tensor([0.3, -1.0, 0.0, 2.0]), right=0),
+}
+
+
+@pytest.mark.parametrize("lengths", VARLEN.values(), ids=VARLEN)
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_varlen(lengths, name, dtype, monkeypatch):
+    monkeypatch.setattr(_triton, "SPLIT_KEYS", 64)
+    q, k, v = make(1, 4, 2, sum(lengths[0]), sum(lengths[1]), 24, 40, dtype)
+    longest = dict(max_seqlen_q=max(lengths[0]), max_seqlen_k=max(lengths[1]) + 7)
+    check(q, k, v, Options(cu_seqlens_q=packed(lengths[0]), cu_seqlens_k=packed(lengths[1]), **longest, **PACKED[name], scale=0.2))
+
+
+@pytest.mark.parametrize("name", ["full", "causal", "kv-lens-causal", "window-causal", "padded", "sinks", "bias-of-heads", "combined"])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decoding_in_parts(name, queries, dtype, monkeypatch):
+    monkeypatch.setattr(_triton, "SPLIT_KEYS", 64)
+    q, k, v = make(2, 6, 2, queries, 400, 48, 32, dtype)
+    check(q, k, v, cases.options(name, q, k))
+
+
+def test_wrong_lengths_read_nothing_out_of_bounds():
+    """The kernels assert them too, which the interpreter takes for an error, and which would end a device's process."""
+    if not INTERPRETED:
+        pytest.skip("a failed device assert is the end of the process")
+    q, k, v = make(2, 1, 1, 5, 9, 16, 16)
+    for wrong in ([3, 10], [-1, 4]):
+        with pytest.raises(Exception, match="kv_lens out of range"):
+            _triton.fwd(q, k, v, *Options(kv_lens=torch.tensor(wrong, dtype=torch.int32)))
+    for wrong in ([0, 3, 11], [0, -1, 5], [1, 3, 5], [0, 3, 4]):
+        with pytest.raises(Exception, match="cu_seqlens"):
+            lengths = dict(cu_seqlens_q=torch.tensor(wrong, dtype=torch.int32), cu_seqlens_k=packed([4, 5]), max_seqlen_q=5, max_seqlen_k=5)
+            _triton.fwd(*(t[:1] for t in (q, k, v)), *Options(**lengths))
 
 
 def test_mask_of_any_stride():
-    q, k, v, key_mask = make(2, 1, 1, 40, 50, 16, 16, torch.float16, padded=True)
-    loose = torch.zeros(50, 4, dtype=torch.bool).T[::2].copy_(key_mask)
-    expected = _triton.fwd(*(t.to(DEVICE) for t in (q, k, v, key_mask)), False, 0.25)[0]
-    strided = torch.empty_strided(loose.shape, loose.stride(), dtype=torch.bool, device=DEVICE).copy_(loose)
-    assert torch.equal(_triton.fwd(*(t.to(DEVICE) for t in (q, k, v)), strided, False, 0.25)[0], expected)
+    q, k, v = make(2, 1, 1, 40, 50, 16, 16, torch.float16)
+    key_mask, mask, bias = holes(2, 50), torch.rand(2, 1, 40, 50) > 0.5, torch.randn(1, 1, 40, 50)
+    expected = _triton.fwd(*move((q, k, v), DEVICE), *move(Options(key_mask=key_mask, mask=mask, bias=bias), DEVICE))[0]
+    loose = [torch.zeros(*t.shape[::-1], 2, dtype=t.dtype, device=DEVICE)[..., 0].permute(*reversed(range(t.dim()))).copy_(t) for t in (key_mask, mask, bias)]
+    x = Options(**dict(zip(("key_mask", "mask", "bias"), loose, strict=True)))
+    assert torch.equal(_triton.fwd(*move((q, k, v), DEVICE), *x)[0], expected)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
-@given(
-    batch=st.integers(1, 2), kv_heads=st.integers(1, 2), group=st.integers(1, 2), M=st.integers(8, 100), N=st.integers(8, 100),
-    D=st.integers(1, 80), Dv=st.integers(1, 80), causal=st.booleans(), padded=st.booleans(), dtype=st.sampled_from(DTYPES),
-    layout=st.permutations(range(4)), step=st.integers(1, 2), seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_fuzz(batch, kv_heads, group, M, N, D, Dv, causal, padded, dtype, layout, step, seed):
-    """Shapes, masks, and strides: the dimensions lie in memory in any order, with gaps."""
-    torch.manual_seed(seed)
+@settings(max_examples=100, derandomize=True, deadline=None)
+@given(st.data())
+def test_fuzz(data):
+    """Shapes, options, and strides: the dimensions lie in memory in any order, with gaps."""
+    draw = lambda strategy: data.draw(strategy)  # noqa: E731
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, is_packed, few = draw(st.sampled_from(DTYPES)), draw(st.integers(0, 3)) == 0, draw(st.integers(0, 3)) == 0
+    B, Hkv, group, D, Dv = (draw(st.integers(*limits)) for limits in ((1, 2), (1, 2), (1, 3), (1, 80), (1, 80)))
+    M, N, H = draw(st.integers(1, 16) if few else st.integers(8, 80)), draw(st.integers(8, 100)), Hkv * group
+    maybe = lambda value: value() if draw(st.integers(0, 2)) == 0 else None  # noqa: E731
+    any_shape = lambda: [n if draw(st.booleans()) else 1 for n in (B, H, M, N)]  # noqa: E731
+    x = dict(
+        left=maybe(lambda: draw(st.integers(0, 40))), right=maybe(lambda: draw(st.integers(0, 40))), top_left=draw(st.booleans()),
+        sinks=maybe(lambda: torch.randn(H)), softcap=maybe(lambda: 1.5) or 0.0, scale=draw(st.sampled_from([D**-0.5, -0.3])),
+    )  # fmt: skip
+    if draw(st.integers(0, 2)) == 0:
+        x |= dict(dropout_p=draw(st.sampled_from([0.1, 0.7])), seed=torch.randint(2**62, ()))
+    if is_packed:
+        cuts = [sorted(draw(st.integers(0, n)) for _ in range(2)) for n in (M, N)]
+        lengths = [(a, b - a, n - b) for (a, b), n in zip(cuts, (M, N), strict=True)]
+        B, longest = 1, dict(max_seqlen_q=max(lengths[0]), max_seqlen_k=max(lengths[1]))
+        x |= dict(cu_seqlens_q=packed(lengths[0]), cu_seqlens_k=packed(lengths[1]), **longest)
+    else:
+        x |= dict(
+            key_mask=maybe(lambda: holes(B, N)), kv_lens=maybe(lambda: torch.randint(0, N + 1, (B,), dtype=torch.int32)),
+            mask=maybe(lambda: torch.rand(any_shape()) > 0.3), bias=maybe(lambda: torch.randn(any_shape()).to(draw(st.sampled_from([dtype, torch.float32])))),
+        )  # fmt: skip
+    layout, step = draw(st.permutations(range(4))), draw(st.integers(1, 2))
 
     def lay_out(t):
         gaps = t.new_full([t.shape[i] * step for i in layout], math.nan)
         return gaps[tuple(slice(None, None, step) for _ in layout)].permute([layout.index(i) for i in range(4)]).copy_(t)
 
-    check(*make(batch, kv_heads * group, kv_heads, M, N, D, Dv, dtype, padded), causal, D**-0.5, lay_out)
+    check(*make(B, H, Hkv, M, N, D, Dv, dtype), Options(**x), lay_out=lay_out, draws=2)
 
 
 def test_expanded():
     """Stride 0: one upstream gradient for all of o, one key head for all, one batch of values."""
-    q, k, v, _ = (t.to(DEVICE) for t in make(2, 4, 1, 20, 30, 16, 16, torch.float16, padded=True))
+    q, k, v = move(tuple(make(2, 4, 1, 20, 30, 16, 16, torch.float16)), DEVICE)
     k, v, do = k.expand(2, 4, 30, 16), v[:1].expand(2, 4, 30, 16), torch.ones((), dtype=q.dtype, device=DEVICE).expand(q.shape)
-    results = []
-    for do_, k_, v_ in ((do, k, v), (do.contiguous(), k.contiguous(), v.contiguous())):
-        o, lse = _triton.fwd(q, k_, v_, None, True, 0.25)
-        results.append((o, *_triton.bwd(do_, q, k_, v_, o, lse, None, True, 0.25)))
-    for name, x, y in zip(("o", "dq", "dk", "dv"), *results, strict=True):
+    dlse, results = torch.ones((), device=DEVICE).expand(q.shape[:3]), []
+    for do_, dlse_, k_, v_ in ((do, dlse, k, v), (do.contiguous(), dlse.contiguous(), k.contiguous(), v.contiguous())):
+        o, lse = _triton.fwd(q, k_, v_, *Options(right=0))
+        results.append((o, *_triton.bwd(do_, dlse_, q, k_, v_, o, lse, *Options(right=0), False)))
+    for name, x, y in zip(("o", "dq", "dk", "dv", "dbias", "dsinks"), *results, strict=True):
         assert torch.equal(x, y), name
 
 
 def test_offsets_past_2_to_31():
     """The last rows lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
-    q, k, v, _ = (t if t is None else t.to(DEVICE) for t in make(1, 1, 1, 70, 70, 16, 16, torch.float16))
+    q, k, v = move(tuple(make(1, 1, 1, 70, 70, 16, 16, torch.float16)), DEVICE)
     far = torch.empty_strided(k.shape, (0, 0, 2**25, 1), dtype=k.dtype, device=DEVICE)
     far.copy_(k)
-    assert torch.equal(_triton.fwd(q, far, v, None, True, 0.25)[0], _triton.fwd(q, k, v, None, True, 0.25)[0])
-    assert torch.equal(_triton.fwd(q, k, far, None, True, 0.25)[0], _triton.fwd(q, k, k, None, True, 0.25)[0])
+    x = Options(right=0)
+    assert torch.equal(_triton.fwd(q, far, v, *x)[0], _triton.fwd(q, k, v, *x)[0])
+    assert torch.equal(_triton.fwd(q, k, far, *x)[0], _triton.fwd(q, k, k, *x)[0])
 
 
-def test_tiles_fit_together():
+@pytest.mark.parametrize("arch", ["any", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_tiles_fit_together(arch, monkeypatch):
     """_dq_kernel writes statistics for whole tiles of queries, and _dkdv_kernel reads them in its own."""
-    for table in _triton.TILES.values():
-        for (kernel, *key), (BLOCK_M, *_) in table.items():
-            assert kernel != "dkdv" or table["dq", *key][0] % BLOCK_M == 0
+    monkeypatch.setattr(_triton, "_arch", lambda device: arch)
+    for dtype in (torch.float16, torch.float32):
+        for D in range(1, 257):
+            for x in (Options(), Options(bias=torch.ones(1, 1, 1, 1), dropout_p=0.5)):
+                dq, dkdv = (_triton._config(kernel, torch.empty(0, 1, 1, D, dtype=dtype), D, x)["BLOCK_M"] for kernel in ("dq", "dkdv"))
+                assert dq % dkdv == 0, f"head dim {D}"
+
+
+def test_same_bits_every_time():
+    H, M, N, D = (2, 40, 70, 24) if INTERPRETED else (8, 500, 700, 128)
+    for dtype in DTYPES:
+        for queries in (M, 1):
+            q, k, v = make(2, H, 2, queries, N, D, D, dtype)
+            q, k, v, x = *move((q, k, v), DEVICE), move(cases.options("combined", q, k), DEVICE)
+            results = []
+            for _ in range(2):
+                o, lse = _triton.fwd(q, k, v, *x)
+                results.append((o, lse, *_triton.bwd(o, lse, q, k, v, o, lse, *x, True)))
+            assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_same_bits_every_time(dtype):
-    q, k, v, key_mask = (t.to(DEVICE) for t in make(2, 8, 2, 500, 700, 128, 128, dtype, padded=True))
-    results = []
-    for _ in range(3):
-        o, lse = _triton.fwd(q, k, v, key_mask, True, 0.1)
-        results.append((o, lse, *_triton.bwd(o, q, k, v, o, lse, key_mask, True, 0.1)))
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
-@pytest.mark.gpu
-@gpu
-def test_cuda_graph():
+@pytest.mark.parametrize("queries", [1, 130])
+def test_cuda_graph(queries):
     """Forward and backward are captured, and follow their inputs when replayed."""
-    q, k, v, key_mask = (t.to(DEVICE) for t in make(2, 4, 2, 130, 200, 64, 64, torch.bfloat16, padded=True))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+    q, k, v = move(tuple(make(2, 4, 2, queries, 2000, 64, 64, torch.bfloat16)), DEVICE)
+    key_mask, kv_lens = holes(2, 2000).to(DEVICE), torch.tensor([1999, 1200], device=DEVICE)
+    leaves = [t.requires_grad_() for t in (q, k, v, torch.randn(1, 4, 1, 2000, device=DEVICE))]
 
     def step():
-        o = attention(*leaves, causal=True, key_mask=key_mask)
+        o = attention(*leaves[:3], bias=leaves[3], causal=True, key_mask=key_mask, kv_lens=kv_lens, window=(1500, 0))
         return o, *torch.autograd.grad(o, leaves, torch.ones_like(o))
 
     step()  # compiles, which a capture must not
@@ -198,6 +277,7 @@ def test_cuda_graph():
         for t in leaves:
             t.copy_(torch.randn_like(t))
     key_mask.logical_not_()
+    kv_lens.sub_(300)
     graph.replay()
     for x, y in zip(captured, step(), strict=True):
         assert torch.equal(x, y)

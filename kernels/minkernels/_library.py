@@ -29,9 +29,18 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
     return op.default
 
 
-def needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see this call; forward-mode AD (torch.func.jvp) does not show in requires_grad."""
-    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """function.apply(*args). In plain eager mode without its inspect.signature(), which takes longer than a small kernel."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
 
 
 def once_differentiable(op: Callable) -> Callable:
@@ -53,7 +62,7 @@ def once_differentiable(op: Callable) -> Callable:
             raise RuntimeError(f"{op} has no derivative: second derivatives are not implemented")
 
     def call(*args):
-        return Once.apply(*args) if needs_grad(*(a for a in args if isinstance(a, Tensor))) else op(*args)
+        return apply(Once, *args) if needs_grad(*(a for a in args if isinstance(a, Tensor))) else op(*args)
 
     return call
 

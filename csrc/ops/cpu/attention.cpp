@@ -1,9 +1,11 @@
-// The attention operators on CPU tensors: which keys count, workspace, threads. The arithmetic is in attention_kernel.h.
+// The attention operators on CPU tensors: which keys count, the list of work, threads. The arithmetic is in attention_kernel.h.
 #include "attention.h"
 
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <thread>
+#include <vector>
 
 #include "runtime.h"
 
@@ -14,71 +16,187 @@ namespace minkernels {
 
 static constexpr const AttentionKernels* (*kernels_at[])(Dtype) = LEVELS(attention_kernels);
 
-static View view(const Tensor& t) { return {(char*)t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+using Maybe = std::optional<Tensor>;
 
-// Fills in a.keys and a.seen, and returns the memory that holds them.
-static Memory list_keys(Attention& a, const std::optional<Tensor>& key_mask) {
-  a.masked = key_mask.has_value();
-  int64_t lists = a.masked ? a.B : 1;
-  Memory memory = allocate(lists * (2 * a.N + 1) * sizeof(int32_t));
-  int32_t *keys = (int32_t*)memory.get(), *seen = keys + lists * a.N;
-  a.keys = keys, a.seen = seen;
-  const char* mask = a.masked ? (const char*)key_mask->data_ptr() : nullptr;
-  for (int64_t b = 0; b < lists; b++, keys += a.N, seen += a.N + 1) {
-    int32_t n = 0;
-    for (int64_t j = 0; j < a.N; j++) {
-      seen[j] = n, keys[n] = int32_t(j);  // overwritten by the next key if this one is hidden
-      n += mask ? mask[b * key_mask->stride(0) + j * key_mask->stride(1)] != 0 : 1;
-    }
-    seen[a.N] = n;
-  }
-  return memory;
+static View view(const Tensor& t) { return {(char*)t.data_ptr(), t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+static View broadcast(const Maybe& t) {
+  if (!t) return {};
+  auto stride = [&](int64_t dim) { return t->size(dim) == 1 ? 0 : t->stride(dim); };
+  return {(char*)t->data_ptr(), stride(0), stride(1), stride(2), stride(3)};
 }
 
-static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
+// The options of every operator, in the order of their schemas (attention/_options.py).
+struct Options {
+  Maybe bias, sinks, key_mask, kv_lens, mask, cu_seqlens_q, cu_seqlens_k, seed;
+  std::optional<int64_t> left, right;
+  bool top_left;
+  double scale, softcap, dropout_p;
+  int64_t max_seqlen_q, max_seqlen_k;
+};
+
+// Everything that a call builds before it knows how much workspace it needs.
+struct Lists {
+  std::vector<Sequence> sequences;
+  std::vector<int32_t> keys;  // keys and counts of each sequence
+  std::vector<Item> chunks, blocks, q_blocks;
+};
+
+// Keys hidden at the end are as good as absent; other hidden ones need a list.
+static void hide_keys(Sequence& s, const Tensor& key_mask, int32_t* list) {
+  int64_t stride = key_mask.stride(1);
+  const char* seen = (const char*)key_mask.data_ptr() + s.b * key_mask.stride(0);
+  while (s.N && !seen[(s.N - 1) * stride]) s.N--;
+  int32_t *count = list + s.N, n = 0;
+  for (int64_t j = 0; j < s.N; j++) {
+    count[j] = n, list[n] = int32_t(j);  // overwritten by the next key if this one is hidden
+    n += seen[j * stride] != 0;
+  }
+  count[s.N] = n;
+  if (n < s.N) s.keys = list, s.count = count;
+}
+
+// False if the lengths are impossible.
+static bool list_sequences(Attention& a, Lists& lists, const Options& x) {
+  const auto at = [](const Maybe& t, int64_t i) { return int64_t(((const int32_t*)t->data_ptr())[i * t->stride(0)]); };
+  int64_t count = x.cu_seqlens_q ? x.cu_seqlens_q->size(0) - 1 : a.B;
+  lists.sequences.resize(count);
+  if (x.key_mask) lists.keys.resize(a.B * (2 * a.N + 1));
+  int64_t q_end = 0, k_end = 0;
+  for (int64_t b = 0; b < count; b++) {
+    Sequence& s = lists.sequences[b];
+    if (x.cu_seqlens_q) {
+      int64_t q0 = at(x.cu_seqlens_q, b), k0 = at(x.cu_seqlens_k, b);
+      if (q0 != q_end || k0 != k_end) return false;  // the first must be 0
+      q_end = at(x.cu_seqlens_q, b + 1), k_end = at(x.cu_seqlens_k, b + 1);
+      s = {0, q0, k0, q_end - q0, k_end - k0, k_end - k0};
+      if (s.M < 0 || s.N < 0 || s.M > x.max_seqlen_q || s.N > x.max_seqlen_k) return false;
+    } else {
+      s = {b, 0, 0, a.M, x.kv_lens ? at(x.kv_lens, b) : a.N, a.N};
+      if (s.N < 0 || s.N > a.N) return false;
+    }
+    s.off = x.top_left ? 0 : s.N - s.M;
+    if (x.key_mask) hide_keys(s, *x.key_mask, lists.keys.data() + b * (2 * a.N + 1));
+    if (s.M > a.longest) a.longest = s.M;
+  }
+  a.sequences = lists.sequences.data(), a.count = count;
+  return !x.cu_seqlens_q || (q_end == a.M && k_end == a.N && (count > 0 || (at(x.cu_seqlens_q, 0) == 0 && at(x.cu_seqlens_k, 0) == 0)));
+}
+
+static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, const Options& x) {
   Attention a;
-  a.q = view(q), a.k = view(k), a.v = view(v);
+  a.q = view(q), a.k = view(k), a.v = view(v), a.o = view(o), a.lse = (char*)lse.data_ptr();
   a.B = q.size(0), a.H = q.size(1), a.M = q.size(2), a.D = q.size(3);
   a.Hkv = k.size(1), a.N = k.size(2), a.Dv = v.size(3);
-  a.causal = causal, a.scale = scale, a.dtype = dtype_of(q);
+  a.dtype = dtype_of(q);
+  a.bias = broadcast(x.bias), a.mask = broadcast(x.mask);
+  if (x.bias) a.bias_dtype = dtype_of(*x.bias);
+  if (x.sinks) a.sinks = (const char*)x.sinks->data_ptr();
+  if (x.seed) a.seed = *(const uint64_t*)x.seed->data_ptr();
+  constexpr int64_t unbounded = int64_t(1) << 60;
+  a.left = x.left.value_or(unbounded), a.right = x.right.value_or(unbounded);
+  a.scale = x.scale, a.softcap = x.softcap, a.dropout_p = x.dropout_p;
   a.yield = std::this_thread::yield;
   return a;
 }
 
-static void run(Attention& a, const std::optional<Tensor>& key_mask, bool backward) {
+static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// Forward: blocks of queries, those that see the most keys first. Backward: blocks of keys, in ascending order, as their turns need.
+static void list_work(Attention& a, Lists& lists, const AttentionKernels& kernels, bool backward) {
+  int64_t heads = a.H / a.Hkv, most_blocks = 0, scores = 0;
+  a.fold = !backward && heads > 1 && a.longest * heads <= kernels.queries;
+  for (int64_t i = 0; i < a.count; i++) {
+    Sequence& s = lists.sequences[i];
+    s.slots = a.slots, s.q_slots = a.q_slots, s.turns = a.all_turns;
+    a.slots += blocks_of(s.N, PACKED_KEYS) * PACKED_KEYS;
+    a.q_slots += blocks_of(s.M, PACKED_QUERIES) * PACKED_QUERIES;
+    for (int64_t block = 0; block < blocks_of(s.rows, PACKED_KEYS); block++) lists.chunks.push_back({int32_t(i), int32_t(block)});
+    if (backward) {
+      int64_t q_blocks = blocks_of(s.M, kernels.queries);
+      a.all_turns += a.H * q_blocks;
+      for (int64_t block = 0; block < q_blocks; block++) lists.q_blocks.push_back({int32_t(i), int32_t(block)});
+    }
+    int64_t n = backward ? blocks_of(s.N, kernels.keys) : blocks_of(s.M * (a.fold ? heads : 1), kernels.queries);
+    most_blocks = std::max(most_blocks, n);
+    scores += s.M * s.N;
+  }
+  for (int64_t n = 0; n < most_blocks; n++)
+    for (int64_t i = 0; i < a.count; i++) {
+      const Sequence& s = lists.sequences[i];
+      int64_t block = backward ? n : blocks_of(s.M * (a.fold ? heads : 1), kernels.queries) - 1 - n;
+      bool wanted = !backward ? block >= 0 : a.every_b ? i == 0 : block * kernels.keys < s.N;
+      if (wanted) lists.blocks.push_back({int32_t(i), int32_t(block)});
+    }
+  if (!backward && a.count > 1)  // those of one sequence already are in order
+    std::stable_sort(lists.blocks.begin(), lists.blocks.end(), [&](const Item& x, const Item& y) {
+      auto keys = [&](const Item& item) {
+        const Sequence& s = lists.sequences[item.sequence];
+        int64_t last = std::min((item.block + 1) * kernels.queries, s.M) - 1 + s.off, first = item.block * kernels.queries + s.off;
+        return std::min(s.N, last + a.right + 1) - std::max<int64_t>(0, first - a.left);
+      };
+      return keys(x) > keys(y);
+    });
+  a.chunks = lists.chunks.data(), a.chunk_count = lists.chunks.size();
+  a.blocks = lists.blocks.data(), a.block_count = lists.blocks.size();
+  a.q_blocks = lists.q_blocks.data(), a.q_block_count = lists.q_blocks.size();
+  a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
+}
+
+static bool run(Attention& a, const Options& x, bool backward) {
+  Lists lists;
+  if (!list_sequences(a, lists, x)) return false;
   const AttentionKernels& kernels = kernels_at[level()](a.dtype)[backward];
-  Memory lists = list_keys(a, key_mask);
+  list_work(a, lists, kernels, backward);
   kernels.plan(a);
   Workspace work(a.work_bytes);
   a.work = work.get();
-  std::memset(a.work + a.turn, 0, a.turns * sizeof(int64_t));
-  run_tasks(a.pack_tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { kernels.pack(a, task, scratch); });
-  run_tasks(a.tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { kernels.run(a, task, scratch); });
+  std::memset(a.work + a.turn, 0, a.all_turns * sizeof(int64_t));
+  int64_t most_threads = a.flops < 1e6 ? 1 : INT64_MAX;  // below that, waking a thread takes longer than the work
+  const auto phase = [&](int64_t tasks, auto* step) {
+    if (tasks) run_tasks(tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { step(a, task, scratch); }, most_threads);
+  };
+  phase(a.pack_tasks, kernels.pack);
+  phase(a.tasks, kernels.run);
+  phase(a.merge_tasks, kernels.merge);
+  return true;
 }
 
-static void attention_fwd(Tensor q, Tensor k, Tensor v, std::optional<Tensor> key_mask, bool causal, double scale, Tensor o, Tensor lse) {
-  Attention a = arguments(q, k, v, causal, scale);
-  a.o = view(o), a.lse = (char*)lse.data_ptr();
+// Both return false, and have done nothing, if the lengths are impossible: Python says which.
+static bool attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens, Maybe mask,
+                          Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed, std::optional<int64_t> left, std::optional<int64_t> right,
+                          bool top_left, double scale, double softcap, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                          Tensor o, Tensor lse) {
+  Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
+            left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
+  Attention a = arguments(q, k, v, o, lse, x);
   advise_huge_pages(a.o.data, o.numel() * o.element_size());
-  run(a, key_mask, false);
+  return run(a, x, false);
 }
 
-static void attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, std::optional<Tensor> key_mask, bool causal,
-                          double scale, Tensor dq, Tensor dk, Tensor dv) {
-  Attention a = arguments(q, k, v, causal, scale);
-  a.o = view(o), a.lse = (char*)lse.data_ptr();
-  a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
+static bool attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Maybe bias, Maybe sinks,
+                          Maybe key_mask, Maybe kv_lens, Maybe mask, Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed,
+                          std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, double scale, double softcap,
+                          double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k, Tensor dq, Tensor dk, Tensor dv, Maybe dbias) {
+  Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
+            left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
+  Attention a = arguments(q, k, v, o, lse, x);
+  a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = broadcast(dbias);
+  if (dlse) a.dlse = (const char*)dlse->data_ptr();
+  if (dbias) a.every_b = dbias->size(0) == 1 && a.B > 1, a.every_h = dbias->size(1) == 1 && a.Hkv > 1;
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());
-  run(a, key_mask, true);
+  return run(a, x, true);
 }
 
 }  // namespace minkernels
 
+#define OPTIONS                                                                                                                   \
+  "Tensor? bias, Tensor? sinks, Tensor? key_mask, Tensor? kv_lens, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "    \
+  "Tensor? seed, int? left, int? right, bool top_left, float scale, float softcap, float dropout_p, int max_seqlen_q, int max_seqlen_k, "
+
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def("_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_mask, bool causal, float scale, Tensor(a!) o, Tensor(b!) lse) -> ()");
-  m.def(
-      "_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? key_mask, bool causal, float scale, "
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
+  m.def("_attention_fwd(Tensor q, Tensor k, Tensor v, " OPTIONS "Tensor(a!) o, Tensor(b!) lse) -> bool");
+  m.def("_attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, " OPTIONS
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> bool");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
   m.impl("_attention_fwd", TORCH_BOX(&minkernels::attention_fwd));

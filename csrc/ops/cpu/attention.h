@@ -4,43 +4,71 @@
 
 namespace minkernels {
 
-struct View {  // a 4-D tensor; strides in elements
+constexpr int64_t PACKED_KEYS = 128;   // packed keys, and queries, of a sequence are rounded up to
+constexpr int64_t PACKED_QUERIES = 6;
+
+struct View {  // a 4-D tensor; strides in elements, 0 where the tensor is broadcast
   char* data = nullptr;
   int64_t b = 0, h = 0, row = 0, d = 0;
+};
+
+struct Sequence {        // an entry of the batch, or one of the sequences that lie end to end
+  int64_t b, q0, k0;     // where it starts in q and o, and in k and v
+  int64_t M, N;          // its queries and keys
+  int64_t rows;          // N, and the rows of k after it that belong to nobody
+  int64_t off;           // query i is aligned with key i + off
+  int64_t slots;         // packed keys, transposed queries and turns of the sequences before it, for one head
+  int64_t q_slots;       //
+  int64_t turns;         //
+  const int32_t* keys;   // (N): positions of the keys that somebody may see, ascending; null: all
+  const int32_t* count;  // (N + 1): how many of them lie before position j
+};
+
+struct Item {  // of work
+  int32_t sequence, block;
 };
 
 struct Attention {
   View q, k, v, o;        // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
   View dout, dq, dk, dv;  // backward alone
+  View bias, mask;        // (B, H, M, N): any float dtype; bool
+  View dbias;             // of bias' shape, in the dtype of the arithmetic; or (B, H, M, 1) where that has one key
   char* lse = nullptr;    // (B, H, M), contiguous; float for 16-bit tensors, else double
+  const char *sinks = nullptr, *dlse = nullptr;  // (H,), (B, H, M) of the dtype of lse; contiguous
   int64_t B, H, Hkv, M, N, D, Dv;
-  bool causal;
-  double scale;
-  Dtype dtype;
+  double flops = 0;
+  int64_t left, right;  // query i sees keys i + off - left to i + off + right
+  double scale, softcap, dropout_p;
+  uint64_t seed = 0;
+  Dtype dtype, bias_dtype;
 
-  // The keys that somebody may see, per batch: everything else is packed, counted and looped over in their order.
-  const int32_t* keys = nullptr;  // (B, N): their positions, ascending
-  const int32_t* seen = nullptr;  // (B, N + 1): how many of them lie before position j
-  bool masked = false;            // else one list serves every batch
+  const Sequence* sequences = nullptr;
+  int64_t count = 0, longest = 0;                // sequences, and the most queries of one
+  int64_t slots = 0, q_slots = 0, all_turns = 0;  // of all of them
+  const Item *chunks, *blocks, *q_blocks;        // what to pack, what to run; backward: the queries to pack
+  int64_t chunk_count = 0, block_count = 0, q_block_count = 0;
+
+  bool fold = false;    // forward: the heads that share keys are rows of one task, query after query
+  bool stream = false;  // forward: keys and values are read where they lie
+  int64_t splits = 1;   // forward: tasks that a block is split over, by keys
+  bool every_b = false, every_h = false;  // backward: a task takes its keys of every batch entry, or head, which share a row of dbias
 
   // Workspace, laid out by the level's plan(): offsets in bytes.
   char* work = nullptr;
-  int64_t kt = 0, vt = 0, kn = 0, vn = 0, qt = 0, dot = 0, dq32 = 0, delta = 0;  // see attention_kernel.h
+  int64_t kt = 0, vt = 0, kn = 0, vn = 0, qt = 0, dot = 0, dq32 = 0, delta = 0, partial = 0;  // see attention_kernel.h
+  int64_t turn = 0;  // backward: whose turn it is to add to dq, of each block of queries; starts as zeros
   int64_t work_bytes = 0, scratch_bytes = 0;
-  int64_t pack_tasks = 0, tasks = 0;
-  int64_t turn = 0;  // backward: (B * H, query blocks), the task whose turn it is to add to dq; starts as zeros
-  int64_t turns = 0;
+  int64_t pack_tasks = 0, tasks = 0, merge_tasks = 0;
   void (*yield)() = nullptr;  // lets another thread run
-
-  const int32_t* keys_of(int64_t b) const { return keys + (masked ? b * N : 0); }
-  const int32_t* seen_of(int64_t b) const { return seen + (masked ? b * (N + 1) : 0); }
 };
 
-// One direction, at one level, for one dtype. First every pack task, then every other.
+// One direction, at one level, for one dtype. First every pack task, then every other, then every merge task.
 struct AttentionKernels {
+  int64_t queries, keys;  // of a block: of queries forward, of keys backward; backward, queries is of those to pack
   void (*plan)(Attention&);
   void (*pack)(const Attention&, int64_t task, char* scratch);
   void (*run)(const Attention&, int64_t task, char* scratch);
+  void (*merge)(const Attention&, int64_t task, char* scratch);
 };
 
 }  // namespace minkernels

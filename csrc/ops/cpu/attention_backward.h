@@ -18,7 +18,7 @@ struct Backward {
       pairs_ds = p.take<word_t<T>>(BWD_QUERIES / operand<T>::pack * BWD_KEYS);
     }
     dkt = p.take<acc_t<T>>(z.d6 * BWD_KEYS), dvt = p.take<acc_t<T>>(z.dv6 * BWD_KEYS);
-    back = p.take<acc_t<T>>(BWD_KEYS * (z.d6 > z.dv6 ? z.d6 : z.dv6));
+    back = p.take<acc_t<T>>(BWD_KEYS * max(z.d6, z.dv6));
     end = p.next;
   }
 };
@@ -27,20 +27,19 @@ template <class T>
 static void backward_plan(Attention& a) {
   using W = word_t<T>;
   using A = acc_t<T>;
+  constexpr int PACK = operand<T>::pack;
   Sizes<T> z(a);
-  int64_t heads = a.B * a.H, kv_heads = a.B * a.Hkv, blocks = (a.M + BWD_QUERIES - 1) / BWD_QUERIES;
+  int64_t keys = a.Hkv * a.slots, queries = a.H * a.q_slots;
   Pieces p{nullptr};
-  a.kt = (int64_t)p.take<W>(kv_heads * z.keys * z.dw), a.vt = (int64_t)p.take<W>(kv_heads * z.keys * z.dvw);
-  a.kn = (int64_t)p.take<W>(kv_heads * words<T>(z.keys) * z.dp);
-  a.qt = (int64_t)p.take<W>(heads * z.d6 * z.mw), a.dot = (int64_t)p.take<W>(heads * z.dv6 * z.mw);
-  a.dq32 = (int64_t)p.take<A>(heads * round_up(a.M, ROWS) * z.dp), a.delta = (int64_t)p.take<A>(heads * a.M);
-  a.turns = heads * blocks, a.turn = (int64_t)p.take<int64_t>(a.turns);
+  a.kt = (int64_t)p.take<W>(keys * z.dw), a.vt = (int64_t)p.take<W>(keys * z.dvw), a.kn = (int64_t)p.take<W>(keys / PACK * z.dp);
+  a.qt = (int64_t)p.take<W>(queries / PACK * z.d6), a.dot = (int64_t)p.take<W>(queries / PACK * z.dv6);
+  a.dq32 = (int64_t)p.take<A>(queries * z.dp), a.delta = (int64_t)p.take<A>(a.B * a.H * a.M);
+  a.turn = (int64_t)p.take<int64_t>(a.all_turns);
   a.work_bytes = (int64_t)p.next;
-  int64_t width = z.dw > z.dvw ? z.dw : z.dvw, rows = KEYS > BWD_QUERIES ? KEYS : BWD_QUERIES;
-  int64_t natural = rows * width * sizeof(W), task = Backward<T>(z, nullptr).end - (char*)nullptr;
-  a.scratch_bytes = natural > task ? natural : task;
-  a.pack_tasks = kv_heads * ((a.N + KEYS - 1) / KEYS) + heads * blocks;
-  a.tasks = kv_heads * ((a.N + BWD_KEYS - 1) / BWD_KEYS);
+  int64_t natural = max(KEYS, BWD_QUERIES) * max(z.dw, z.dvw) * sizeof(W), task = Backward<T>(z, nullptr).end - (char*)nullptr;
+  a.scratch_bytes = max(natural, task);
+  a.pack_tasks = a.Hkv * a.chunk_count + a.H * a.q_block_count;
+  a.tasks = a.block_count * (a.every_h ? 1 : a.Hkv);
 }
 
 template <class T>
@@ -50,96 +49,142 @@ INLINE void zero_row(T* row, int64_t stride, int64_t n) {
 
 // Keys of a chunk: packed three ways; a key that nobody sees gets zero gradients.
 template <class T>
-static void backward_pack_keys(const Attention& a, int64_t head, int64_t first, char* scratch) {
-  using W = word_t<T>;
+static void backward_pack_keys(const Attention& a, const Sequence& s, int64_t h, int64_t first, char* scratch) {
   Sizes<T> z(a);
-  int64_t b = head / a.Hkv, h = head % a.Hkv;
-  const int32_t* seen = a.seen_of(b);
-  int64_t n = min(seen[a.N] - first, KEYS);
-  if (n > 0) {
-    pack_keys<T>(a, a.k, b, h, first, n, a.D, (W*)(a.work + a.kt) + head * z.keys * z.dw,
-                 (W*)(a.work + a.kn) + head * words<T>(z.keys) * z.dp, z.dp, scratch);
-    pack_keys<T>(a, a.v, b, h, first, n, a.Dv, (W*)(a.work + a.vt) + head * z.keys * z.dvw, nullptr, 0, scratch);
+  int64_t begin = first_key(a, s, 0), end = s.M ? last_key(a, s, s.M - 1) : 0;  // what any query sees
+  int64_t n = min(seen_before(s, s.N) - first, KEYS);
+  if (n > 0 && first < end && first + n > begin) {
+    pack_keys<T>(a.k, s, h, first, n, a.D, panels_of<T>(a, a.kt, s, h, z.dw), rows_of<T>(a, a.kn, s, h, z.dp), z.dp, scratch);
+    pack_keys<T>(a.v, s, h, first, n, a.Dv, panels_of<T>(a, a.vt, s, h, z.dvw), nullptr, 0, scratch);
   }
-  int64_t reach = limit(a, seen, a.M - 1);  // what the last query sees, the others see a part of
-  for (int64_t j = first; j < min(first + KEYS, a.N); j++)
-    if (a.M == 0 || seen[j + 1] == seen[j] || seen[j] >= reach) {
-      zero_row(row_of<T>(a.dk, b, h, j), a.dk.d, a.D);
-      zero_row(row_of<T>(a.dv, b, h, j), a.dv.d, a.Dv);
-    }
+  for (int64_t j = first; j < min(first + KEYS, s.rows); j++) {
+    int64_t packed = j < s.N ? seen_before(s, j) : end;
+    if (packed >= begin && packed < end && seen_before(s, j + 1) > packed) continue;
+    zero_row(row_of<T>(a.dk, s.b, h, s.k0 + j), a.dk.d, a.D);
+    zero_row(row_of<T>(a.dv, s.b, h, s.k0 + j), a.dv.d, a.Dv);
+  }
 }
 
-// Queries of a block: q and do transposed, delta = sum(do * o) per row; a block that sees no key gets its zero dq here.
+// Queries of a block: q and do transposed, delta = sum(do * o) - dlse per row; a block that sees no key gets its zero dq here.
 template <class T>
-static void backward_pack_queries(const Attention& a, int64_t head, int64_t block, char* scratch) {
+static void backward_pack_queries(const Attention& a, const Sequence& s, int64_t h, int64_t block, char* scratch) {
   using W = word_t<T>;
   using A = acc_t<T>;
-  Sizes<T> z(a);
-  int64_t b = head / a.H, h = head % a.H, i0 = block * BWD_QUERIES, rows = min(a.M - i0, BWD_QUERIES);
   constexpr int PACK = operand<T>::pack;
-  if (limit(a, a.seen_of(b), i0 + rows - 1) == 0) {
-    for (int64_t i = 0; i < rows; i++) zero_row(row_of<T>(a.dq, b, h, i0 + i), a.dq.d, a.D);
+  Sizes<T> z(a);
+  int64_t i0 = block * BWD_QUERIES, rows = min(s.M - i0, BWD_QUERIES), q0 = s.q0 + i0, mw = words<T>(round_up(s.M, ROWS));
+  if (first_key(a, s, i0) >= last_key(a, s, i0 + rows - 1)) {
+    for (int64_t i = 0; i < rows; i++) zero_row(row_of<T>(a.dq, s.b, h, q0 + i), a.dq.d, a.D);
     return;
   }
   W* natural = (W*)scratch;
-  auto pack = [&](const View& x, int64_t d, int64_t d6, W* to) {  // natural rows -> rows of two queries -> [d][word of query]
-    to += head * d6 * z.mw + i0 / PACK;
+  auto pack = [&](const View& x, int64_t d, int64_t d6, int64_t at) {  // natural rows -> rows of two queries -> [d][word of query]
+    W* to = (W*)(a.work + at) + (h * a.q_slots + s.q_slots) / PACK * d6 + i0 / PACK;
     int64_t dw = words<T>(d), n = words<T>(rows);
-    pack_rows<T>(natural, dw, [&](int64_t i) { return row_of<T>(x, b, h, i0 + i); }, x.d, d, rows, PACK);
+    pack_rows<T>(natural, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, q0 + i); }, x.d, d, rows, PACK);
 #if LEVEL_BF16_DOT
     if constexpr (PACK == 2) {
       W pairs[vector<W>::lanes * 256];
       for (int64_t i = 0; i < n; i += vector<W>::lanes) {
         int64_t m = min(n - i, vector<W>::lanes);
         for (int64_t r = 0; r < m; r++) interleave(pairs + r * d, natural + 2 * (i + r) * dw, natural + (2 * (i + r) + 1) * dw, d);
-        transpose(pairs, d, m, d, to + i, z.mw);
+        transpose(pairs, d, m, d, to + i, mw);
       }
     } else
 #endif
-      transpose(natural, dw, n, d, to, z.mw);
-    for (int64_t i = d; i < d6; i++) __builtin_memset(to + i * z.mw, 0, n * sizeof(W));
+      transpose(natural, dw, n, d, to, mw);
+    for (int64_t i = d; i < d6; i++) __builtin_memset(to + i * mw, 0, n * sizeof(W));
   };
-  pack(a.q, a.D, z.d6, (W*)(a.work + a.qt));
-  pack(a.dout, a.Dv, z.dv6, (W*)(a.work + a.dot));
+  pack(a.q, a.D, z.d6, a.qt);
+  pack(a.dout, a.Dv, z.dv6, a.dot);
 
-  A* delta = (A*)(a.work + a.delta) + head * a.M + i0;
+  int64_t at = (s.b * a.H + h) * a.M + q0;
+  A* delta = (A*)(a.work + a.delta) + at;
   constexpr int L = vector<A>::lanes;
   A x[256 + L] = {}, y[256 + L] = {};  // beyond Dv they stay 0
   for (int64_t i = 0; i < rows; i++) {
-    widen_row(x, row_of<T>(a.dout, b, h, i0 + i), a.dout.d, a.Dv);
-    widen_row(y, row_of<T>(a.o, b, h, i0 + i), a.o.d, a.Dv);
+    widen_row(x, row_of<T>(a.dout, s.b, h, q0 + i), a.dout.d, a.Dv);
+    widen_row(y, row_of<T>(a.o, s.b, h, q0 + i), a.o.d, a.Dv);
     vec<A> sum = {};
     for (int64_t j = 0; j < a.Dv; j += L) sum += load(x + j) * load(y + j);
-    delta[i] = lanes_sum(sum);
+    delta[i] = A(lanes_sum(sum) - (a.dlse ? ((const lse_t<T>*)a.dlse)[at + i] : 0));
   }
 }
 
 template <class T>
 static void backward_pack(const Attention& a, int64_t task, char* scratch) {
-  int64_t kv_heads = a.B * a.Hkv, heads = a.B * a.H, chunks = kv_heads * ((a.N + KEYS - 1) / KEYS);
-  if (task < chunks) return backward_pack_keys<T>(a, task % kv_heads, task / kv_heads * KEYS, scratch);
-  backward_pack_queries<T>(a, (task - chunks) % heads, (task - chunks) / heads, scratch);
+  int64_t chunks = a.Hkv * a.chunk_count;
+  if (task < chunks) {
+    const Item& item = a.chunks[task / a.Hkv];
+    return backward_pack_keys<T>(a, a.sequences[item.sequence], task % a.Hkv, item.block * KEYS, scratch);
+  }
+  const Item& item = a.q_blocks[(task - chunks) / a.H];
+  backward_pack_queries<T>(a, a.sequences[item.sequence], (task - chunks) % a.H, item.block, scratch);
 }
 
 template <class A>
 struct Row {        // of a tile
   A lse, lse_rest;  // in log2 units, their sum
   A delta;
-  int64_t hi;  // how many columns it sees
+  int64_t lo, hi;  // the columns that it sees
 };
+
+// Where a row sees a column: all bits set.
+template <class A>
+INLINE auto seen_columns(const Row<A>& row, int64_t column) {
+  auto at = lane_numbers<A>() + splat(lane_t<A>(column));
+  return (at >= splat(lane_t<A>(row.lo))) & (at < splat(lane_t<A>(row.hi)));
+}
+template <class A, class M>
+INLINE vec<A> where(M seen, vec<A> x) {
+  return (vec<A>)((M)x & seen);
+}
 
 // p and ds: x = s in, p out; y = do v.T in, ds out.
 template <bool edge, class A>
 INLINE void gradients(vec<A>& x, vec<A>& y, vec<A> scale, const Row<A>& row, int64_t column) {
   vec<A> p = exp2(x * scale - splat(row.lse) - splat(row.lse_rest)), ds = p * (y - splat(row.delta));
   if constexpr (edge) {
-    auto at = lane_numbers<A>() < splat(lane_t<A>(row.hi - column));
-    p = (vec<A>)((decltype(at))p & at), ds = (vec<A>)((decltype(at))ds & at);
+    auto seen = seen_columns(row, column);
+    p = where<A>(seen, p), ds = where<A>(seen, ds);
   }
   x = p, y = ds;
 }
 
-template <class T, bool edge>
+// The same for a row with softcap, bias, mask or dropout; and what it adds to dbias.
+template <class T>
+static void general_gradients(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, int64_t n,
+                              const Row<acc_t<T>>& row, acc_t<T>* x, acc_t<T>* y, acc_t<T>& dbias_sum) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  A bias[BWD_KEYS] = {}, z[BWD_KEYS + 64], dbias[BWD_KEYS];
+  lane_t<A> shown[BWD_KEYS];
+  bool cap = a.softcap > 0, drop = a.dropout_p > 0;
+  A in = A(cap ? a.scale / a.softcap : a.scale), out = A(cap ? a.softcap * LOG2E : LOG2E);
+  if (a.bias.data) bias_row(a, s, h, i, j0, keys, bias);
+  if (a.mask.data) for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { shown[j] = *seen ? -1 : 0; });
+  if (drop) drop_row(a, s, h, i, j0, keys, z);
+  vec<A> sum = {};
+  for (int64_t j = 0; j < n; j += L) {
+    vec<A> score = load(x + j) * in, slope = splat(A(1)), dp = load(y + j);
+    if (cap) score = tanh(score), slope -= score * score;
+    score *= out;
+    if (a.bias.data) score += load(bias + j) * A(LOG2E);
+    auto seen = seen_columns(row, j);
+    if (a.mask.data) seen &= load(shown + j);
+    vec<A> p = where<A>(seen, exp2(score - splat(row.lse) - splat(row.lse_rest)));
+    vec<A> kept = drop ? load(z + j) : splat(A(1));
+    vec<A> ds = where<A>(seen, p * (dp * kept - splat(row.delta)));
+    store(dbias + j, ds), sum += ds;
+    store(x + j, where<A>(seen, p * kept)), store(y + j, ds * slope);
+  }
+  dbias_sum = lanes_sum(sum);
+  if (a.dbias.data && a.dbias.d) for_row<A>(a.dbias, s, h, i, j0, keys, [&](int64_t j, A* to) { *to += dbias[j]; });
+}
+
+enum class Mode { whole, edge, done };  // every column is seen; some are; p and ds are there already
+
+template <class T, Mode mode>
 static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, acc_t<T> scale, const Row<acc_t<T>>* row) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
@@ -152,7 +197,7 @@ static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, acc_t<T
 #pragma GCC unroll 2
         for (int c = 0; c < PACK; c++) {
           p[r][c] = load(w.s + (i + r) * BWD_KEYS + j + c * L), ds[r][c] = load(w.ds + (i + r) * BWD_KEYS + j + c * L);
-          gradients<edge>(p[r][c], ds[r][c], by, row[i + r], j + c * L);
+          if constexpr (mode != Mode::done) gradients<mode == Mode::edge>(p[r][c], ds[r][c], by, row[i + r], j + c * L);
         }
 #if LEVEL_BF16_DOT
       if constexpr (PACK == 2) {
@@ -167,70 +212,97 @@ static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, acc_t<T
     }
 }
 
+// dk and dv of a block of keys of one sequence and key head.
 template <class T>
-static void backward_task(const Attention& a, int64_t task, char* scratch) {
+static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head, int64_t block, char* scratch) {
   using W = word_t<T>;
   using A = acc_t<T>;
   constexpr int PACK = operand<T>::pack;
   Sizes<T> z(a);
   Backward<T> w(z, scratch);
-  int64_t kv_heads = a.B * a.Hkv, kv_head = task % kv_heads, b = kv_head / a.Hkv, block = task / kv_heads, j0 = block * BWD_KEYS;
-  const int32_t *seen = a.seen_of(b), *positions = a.keys_of(b) + j0;
-  int64_t keys = min(a.M ? limit(a, seen, a.M - 1) - j0 : 0, BWD_KEYS), n = round_up(keys, PACK * vector<A>::lanes);
-  if (keys <= 0) return;
-  const W* kt = (W*)(a.work + a.kt) + kv_head * z.keys * z.dw + j0 * z.dw;
-  const W* vt = (W*)(a.work + a.vt) + kv_head * z.keys * z.dvw + j0 * z.dvw;
-  const W* kn = (W*)(a.work + a.kn) + (kv_head * words<T>(z.keys) + j0 / PACK) * z.dp;
-  int64_t blocks = (a.M + BWD_QUERIES - 1) / BWD_QUERIES, group = a.H / a.Hkv;
+  int64_t j0 = block * BWD_KEYS, seen = s.M ? last_key(a, s, s.M - 1) : 0;
+  int64_t keys = min(seen - j0, BWD_KEYS), n = round_up(keys, PACK * vector<A>::lanes);
+  if (keys <= 0 || j0 + keys <= first_key(a, s, 0)) return;
+  const W *kt = panels_of<T>(a, a.kt, s, kv_head, z.dw) + j0 * z.dw, *vt = panels_of<T>(a, a.vt, s, kv_head, z.dvw) + j0 * z.dvw;
+  const W* kn = rows_of<T>(a, a.kn, s, kv_head, z.dp) + j0 / PACK * z.dp;
+  int64_t blocks = (s.M + BWD_QUERIES - 1) / BWD_QUERIES, group = a.H / a.Hkv, mw = words<T>(round_up(s.M, ROWS));
+  bool general = a.softcap > 0 || a.bias.data || a.mask.data || a.dropout_p > 0;
   __builtin_memset(w.dkt, 0, z.d6 * BWD_KEYS * sizeof(A));
   __builtin_memset(w.dvt, 0, z.dv6 * BWD_KEYS * sizeof(A));
 
   for (int64_t g = 0; g < group; g++) {
-    int64_t h = kv_head % a.Hkv * group + g, head = b * a.H + h;
-    const W *qt = (W*)(a.work + a.qt) + head * z.d6 * z.mw, *dot = (W*)(a.work + a.dot) + head * z.dv6 * z.mw;
+    int64_t h = kv_head * group + g, head = s.b * a.H + h, slot = h * a.q_slots + s.q_slots;
+    const W *qt = (W*)(a.work + a.qt) + slot / PACK * z.d6, *dot = (W*)(a.work + a.dot) + slot / PACK * z.dv6;
     for (int64_t iq = 0; iq < blocks; iq++) {
-      int64_t i0 = iq * BWD_QUERIES, rows = min(a.M - i0, BWD_QUERIES), end = limit(a, seen, i0 + rows - 1);
-      if (end <= j0) continue;
-      int64_t skip = 0;  // leading rows that see none of these keys; the first task skips none, it starts the sum
-      while (block > 0 && limit(a, seen, i0 + skip + ROWS - 1) <= j0) skip += ROWS;
-      i0 += skip, rows -= skip;
-      pack_rows<T>(w.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, b, h, i0 + i); }, a.q.d, a.D, rows, ROWS);
-      pack_rows<T>(w.dout, z.dvw, [&](int64_t i) { return row_of<T>(a.dout, b, h, i0 + i); }, a.dout.d, a.Dv, rows, ROWS);
+      int64_t first = iq * BWD_QUERIES, last = min(first + BWD_QUERIES, s.M), begin = first_key(a, s, first), end = last_key(a, s, last - 1);
+      if (begin >= end || end <= j0 || begin >= j0 + BWD_KEYS) continue;
+      bool starts = block == begin / BWD_KEYS, ends = end <= j0 + BWD_KEYS;  // the first, the last task that adds to this dq
+      int64_t i0 = first, i1 = last;  // without the rows at both ends that see none of these keys
+      while (i0 + ROWS < i1 && last_key(a, s, i0 + ROWS - 1) <= j0) i0 += ROWS;
+      while (i1 - ROWS > i0 && first_key(a, s, i0 + (i1 - i0 - 1) / ROWS * ROWS) >= j0 + BWD_KEYS) i1 = i0 + (i1 - i0 - 1) / ROWS * ROWS;
+      int64_t rows = i1 - i0;
+      pack_rows<T>(w.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, s.b, h, s.q0 + i0 + i); }, a.q.d, a.D, rows, ROWS);
+      pack_rows<T>(w.dout, z.dvw, [&](int64_t i) { return row_of<T>(a.dout, s.b, h, s.q0 + i0 + i); }, a.dout.d, a.Dv, rows, ROWS);
       exact_product(rows, keys, z.dw, w.q, z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
       exact_product(rows, keys, z.dvw, w.dout, z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
 
       Row<A> row[BWD_QUERIES];
-      for (int64_t i = 0; i < round_up(rows, PACK); i++) {  // no such query, or one that sees no key: p = 0
-        double lse = i < rows ? ((lse_t<T>*)a.lse)[head * a.M + i0 + i] * LOG2E : -__builtin_inf();
-        A delta = i < rows ? ((A*)(a.work + a.delta))[head * a.M + i0 + i] : 0;
-        row[i] = lse == -__builtin_inf() ? Row<A>{A(-lse), 0, 0, 0}
-                                         : Row<A>{A(lse), A(lse - A(lse)), delta, min(limit(a, seen, i0 + i) - j0, n)};
+      A dbias_sum[BWD_QUERIES];
+      bool edge = rows % PACK;
+      for (int64_t r = 0; r < round_up(rows, PACK); r++) {  // no such query, or one that sees no key: p = 0
+        int64_t at = head * a.M + s.q0 + i0 + r;
+        double lse = r < rows ? ((lse_t<T>*)a.lse)[at] * LOG2E : -__builtin_inf();
+        if (lse == -__builtin_inf())
+          row[r] = {A(-lse), 0, 0, 0, 0};
+        else
+          row[r] = {A(lse), A(lse - A(lse)), ((A*)(a.work + a.delta))[at], max(first_key(a, s, i0 + r) - j0, 0),
+                    min(last_key(a, s, i0 + r) - j0, keys)};
+        edge |= row[r].lo > 0 || row[r].hi < n;
       }
-      if (row[0].hi < n || rows % PACK)
-        gradient_rows<T, true>(w, rows, n, A(a.scale * LOG2E), row);
-      else
-        gradient_rows<T, false>(w, rows, n, A(a.scale * LOG2E), row);
+      if (general) {
+        for (int64_t r = 0; r < round_up(rows, PACK); r++)
+          general_gradients<T>(a, s, h, min(i0 + r, s.M - 1), j0, keys, n, row[r], w.s + r * BWD_KEYS, w.ds + r * BWD_KEYS, dbias_sum[r]);
+        gradient_rows<T, Mode::done>(w, rows, n, 0, row);
+      } else if (edge) {
+        gradient_rows<T, Mode::edge>(w, rows, n, A(a.scale * LOG2E), row);
+      } else {
+        gradient_rows<T, Mode::whole>(w, rows, n, A(a.scale * LOG2E), row);
+      }
+      product<Start::add>(a.Dv, keys, words<T>(rows), dot + i0 / PACK, mw, w.pairs_p, BWD_KEYS, COLS<A>, w.dvt, BWD_KEYS);
+      product<Start::add>(a.D, keys, words<T>(rows), qt + i0 / PACK, mw, w.pairs_ds, BWD_KEYS, COLS<A>, w.dkt, BWD_KEYS);
 
-      product<Start::add>(a.Dv, keys, words<T>(rows), dot + i0 / PACK, z.mw, w.pairs_p, BWD_KEYS, COLS<A>, w.dvt, BWD_KEYS);
-      product<Start::add>(a.D, keys, words<T>(rows), qt + i0 / PACK, z.mw, w.pairs_ds, BWD_KEYS, COLS<A>, w.dkt, BWD_KEYS);
-
-      int64_t* turn = (int64_t*)(a.work + a.turn) + head * blocks + iq;
-      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != block) a.yield();
-      A* dq = (A*)(a.work + a.dq32) + (head * round_up(a.M, ROWS) + i0) * z.dp;
-      if (block == 0)
+      int64_t* turn = (int64_t*)(a.work + a.turn) + s.turns + h * blocks + iq;
+      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != block - begin / BWD_KEYS) a.yield();
+      A* dq = (A*)(a.work + a.dq32) + (slot + first) * z.dp;
+      if (starts && rows < last - first) __builtin_memset(dq, 0, (last - first) * z.dp * sizeof(A));
+      if (starts && rows == last - first)
         product<Start::zero>(rows, a.D, words<T>(keys), (W*)w.ds, BWD_KEYS, kn, z.dp, COLS<A>, dq, z.dp);
       else
-        product<Start::add>(rows, a.D, words<T>(keys), (W*)w.ds, BWD_KEYS, kn, z.dp, COLS<A>, dq, z.dp);
-      if (end <= j0 + BWD_KEYS)  // nobody adds after this
-        for (int64_t i = -skip; i < rows; i++) narrow_row(row_of<T>(a.dq, b, h, i0 + i), a.dq.d, dq + i * z.dp, a.D, A(a.scale));
-      __atomic_store_n(turn, block + 1, __ATOMIC_RELEASE);
+        product<Start::add>(rows, a.D, words<T>(keys), (W*)w.ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + (i0 - first) * z.dp, z.dp);
+      if (a.dbias.data && !a.dbias.d)
+        for (int64_t r = 0; r < rows; r++) *row_of<A>(a.dbias, s.b, h, i0 + r) += dbias_sum[r];
+      if (ends)
+        for (int64_t i = first; i < last; i++)
+          narrow_row(row_of<T>(a.dq, s.b, h, s.q0 + i), a.dq.d, dq + (i - first) * z.dp, a.D, A(a.scale));
+      __atomic_store_n(turn, block - begin / BWD_KEYS + 1, __ATOMIC_RELEASE);
     }
   }
 
   auto give = [&](const View& x, const A* transposed, int64_t d, A factor) {
     transpose(transposed, BWD_KEYS, d, keys, w.back, d);
-    for (int64_t j = 0; j < keys; j++) narrow_row(row_of<T>(x, b, kv_head % a.Hkv, positions[j]), x.d, w.back + j * d, d, factor);
+    for (int64_t j = 0; j < keys; j++)
+      narrow_row(row_of<T>(x, s.b, kv_head, s.k0 + position(s, j0 + j)), x.d, w.back + j * d, d, factor);
   };
   give(a.dk, w.dkt, a.D, A(a.scale));
   give(a.dv, w.dvt, a.Dv, A(1));
+}
+
+// Tasks that share rows of dbias would add to them in any order: there one task takes all of their heads or batch entries.
+template <class T>
+static void backward_task(const Attention& a, int64_t task, char* scratch) {
+  int64_t heads = a.every_h ? 1 : a.Hkv;
+  const Item& item = a.blocks[task / heads];
+  for (int64_t b = item.sequence; b < (a.every_b ? a.count : item.sequence + 1); b++)
+    for (int64_t h = task % heads; h < (a.every_h ? a.Hkv : task % heads + 1); h++)
+      backward_keys<T>(a, a.sequences[b], h, item.block, scratch);
 }

@@ -1,58 +1,41 @@
-// Attention on one level. Keys that no query may see are left out when the rest is packed, so each query's keys are a prefix of the
+// Attention on one level. Keys that no query may see are left out when the rest is packed, and a query's band of keys is a range of the
 // packed ones, whatever the mask. Everything is computed with these operands (product.h), per key head or query head:
 //   kt, vt: keys, values transposed, in panels of COLS keys: [panel][word of d][key]      kn, vn: as rows of a b operand: [word of key][d]
 //   qt, dot: queries, do transposed, as natural rows: [d][word of query]
 // Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
 #include "product.h"
+#include "attention_scores.h"
 
 constexpr int64_t KEYS = 128;        // keys of a step of the forward, and of a packing task
 constexpr int64_t QUERIES = 48;      // queries of a task of the forward: a tile of scores, 24 kB, stays in L1
 constexpr int64_t BWD_KEYS = 64;     // keys of a task of the backward
 constexpr int64_t BWD_QUERIES = 96;  // queries of a step of the backward
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// fp32 probabilities cannot be rebuilt from an fp32 lse: at lse = 8 its rounding alone is four of theirs.
-template <class T>
-struct lse_of {
-  using type = float;
-};
-template <>
-struct lse_of<float> {
-  using type = double;
-};
-template <>
-struct lse_of<double> {
-  using type = double;
-};
-template <class T>
-using lse_t = typename lse_of<T>::type;
+constexpr int64_t STREAM_ROWS = 8;   // so few queries that packing the keys would take longer than reading them
+constexpr int64_t SPLIT_KEYS = 512;  // the fewest keys that are worth a task of their own
+constexpr int64_t SPLIT_TASKS = 64;  // a call of fewer tasks is split over the keys
+static_assert(KEYS == PACKED_KEYS && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
 
 template <class T>
-INLINE T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
-  return (T*)x.data + b * x.b + h * x.h + row * x.row;
-}
-
-// How many of the packed keys query i sees.
-INLINE int64_t limit(const Attention& a, const int32_t* seen, int64_t i) {
-  int64_t end = a.causal ? i + a.N - a.M + 1 : a.N;
-  return seen[end < 0 ? 0 : min(end, a.N)];
-}
-
-template <class T>
-struct Sizes {  // of the operands, in words or accumulators, for one head
-  int64_t dw, dvw, dp, dvp, keys, mw, d6, dv6;
+struct Sizes {  // of the operands, in words or accumulators
+  int64_t dw, dvw, dp, dvp, d6, dv6;
   Sizes(const Attention& a)
       : dw(words<T>(a.D)),
         dvw(words<T>(a.Dv)),
         dp(round_up(a.D, vector<acc_t<T>>::lanes)),
         dvp(round_up(a.Dv, vector<acc_t<T>>::lanes)),
-        keys(round_up(a.N, KEYS)),
-        mw(words<T>(round_up(a.M, ROWS))),
         d6(round_up(a.D, ROWS)),
         dv6(round_up(a.Dv, ROWS)) {}
 };
+
+// The operands of a sequence and a head.
+template <class T>
+INLINE word_t<T>* panels_of(const Attention& a, int64_t at, const Sequence& s, int64_t kv_head, int64_t dw) {
+  return (word_t<T>*)(a.work + at) + (kv_head * a.slots + s.slots) * dw;
+}
+template <class T>
+INLINE word_t<T>* rows_of(const Attention& a, int64_t at, const Sequence& s, int64_t kv_head, int64_t width) {
+  return (word_t<T>*)(a.work + at) + (kv_head * a.slots + s.slots) / operand<T>::pack * width;
+}
 
 // Scratch memory handed out piece by piece, each on a cache line of its own.
 struct Pieces {
@@ -68,7 +51,6 @@ template <class T>
 struct Forward {
   word_t<T>* q;
   acc_t<T>*s, *o, *m, *l, *top, *shift, *factor;  // the last five: one a row
-
   char* end;
   Forward(const Sizes<T>& z, char* scratch) {
     Pieces p{scratch};
@@ -76,6 +58,15 @@ struct Forward {
     m = p.take<acc_t<T>>(QUERIES), l = p.take<acc_t<T>>(QUERIES), top = p.take<acc_t<T>>(QUERIES);
     shift = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
     end = p.next;
+  }
+};
+
+template <class T>
+struct Partial {  // what a split leaves of a block: o, m, l
+  acc_t<T>*o, *m, *l;
+  static int64_t size(const Sizes<T>& z) { return QUERIES * (z.dvp + 2); }
+  Partial(const Attention& a, const Sizes<T>& z, int64_t task) {
+    o = (acc_t<T>*)(a.work + a.partial) + task * size(z), m = o + QUERIES * z.dvp, l = m + QUERIES;
   }
 };
 
@@ -88,16 +79,19 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
 
 // Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
 template <class T>
-static void pack_keys(const Attention& a, const View& x, int64_t b, int64_t h, int64_t first, int64_t n, int64_t d, word_t<T>* panels,
-                      word_t<T>* rows, int64_t rows_width, char* scratch) {
+static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first, int64_t n, int64_t d, word_t<T>* panels, word_t<T>* rows,
+                      int64_t rows_width, char* scratch) {
   using W = word_t<T>;
-  int64_t dw = words<T>(d);
-  const int32_t* keys = a.keys_of(b) + first;
-  W* natural = (W*)scratch;
-  pack_rows<T>(natural, dw, [&](int64_t i) { return row_of<T>(x, b, h, keys[i]); }, x.d, d, n, COLS<acc_t<T>>);
+  int64_t dw = words<T>(d), from_row = dw;
+  const W* natural = (const W*)scratch;
+  const T* start = row_of<T>(x, s.b, h, s.k0 + position(s, first));
+  if (same<T, W> && x.d == 1 && !s.keys && n % COLS<acc_t<T>> == 0)
+    natural = (const W*)start, from_row = x.row;  // already what packing would make of it
+  else
+    pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n, COLS<acc_t<T>>);
   if (panels)
     for (int64_t j = 0; j < n; j += COLS<acc_t<T>>)
-      transpose(natural + j * dw, dw, COLS<acc_t<T>>, dw, panels + (first + j) * dw, COLS<acc_t<T>>);
+      transpose(natural + j * from_row, from_row, COLS<acc_t<T>>, dw, panels + (first + j) * dw, COLS<acc_t<T>>);
   if (rows) {
     rows += first / operand<T>::pack * rows_width;
     for (int64_t i = 0; i < words<T>(n); i++, rows += rows_width) {
@@ -106,7 +100,7 @@ static void pack_keys(const Attention& a, const View& x, int64_t b, int64_t h, i
         interleave(rows, natural + 2 * i * dw, natural + (2 * i + 1) * dw, d);
       else
 #endif
-        __builtin_memcpy(rows, natural + i * dw, d * sizeof(W));
+        __builtin_memcpy(rows, natural + i * from_row, d * sizeof(W));
       __builtin_memset(rows + d, 0, (rows_width - d) * sizeof(W));
     }
   }
@@ -116,26 +110,28 @@ template <class T>
 static void forward_plan(Attention& a) {
   using W = word_t<T>;
   Sizes<T> z(a);
-  int64_t heads = a.B * a.Hkv, chunks = (a.N + KEYS - 1) / KEYS;
+  int64_t group = a.H / a.Hkv, heads = a.fold ? a.Hkv : a.H;
+  a.stream = a.longest * group <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1;
+  if (a.block_count * heads < SPLIT_TASKS) a.splits = min((SPLIT_TASKS + a.block_count * heads - 1) / max(1, a.block_count * heads), a.N / SPLIT_KEYS);
+  if (a.splits < 1) a.splits = 1;
   Pieces p{nullptr};
-  a.kt = (int64_t)p.take<W>(heads * z.keys * z.dw);
-  a.vn = (int64_t)p.take<W>(heads * words<T>(z.keys) * z.dvp);
+  if (!a.stream) a.kt = (int64_t)p.take<W>(a.Hkv * a.slots * z.dw), a.vn = (int64_t)p.take<W>(a.Hkv * a.slots / operand<T>::pack * z.dvp);
+  a.tasks = a.block_count * heads * a.splits;
+  if (a.splits > 1) a.partial = (int64_t)p.take<acc_t<T>>(a.tasks * Partial<T>::size(z)), a.merge_tasks = a.block_count * heads;
   a.work_bytes = (int64_t)p.next;
-  int64_t natural = KEYS * (z.dw > z.dvw ? z.dw : z.dvw) * sizeof(W), task = Forward<T>(z, nullptr).end - (char*)nullptr;
-  a.scratch_bytes = natural > task ? natural : task;
-  a.pack_tasks = heads * chunks;
-  a.tasks = a.B * a.H * ((a.M + QUERIES - 1) / QUERIES);
+  int64_t natural = KEYS * max(z.dw, z.dvw) * sizeof(W), task = Forward<T>(z, nullptr).end - (char*)nullptr;
+  a.scratch_bytes = max(natural, task);
+  a.pack_tasks = a.stream ? 0 : a.Hkv * a.chunk_count;
 }
 
 template <class T>
 static void forward_pack(const Attention& a, int64_t task, char* scratch) {
-  using W = word_t<T>;
   Sizes<T> z(a);
-  int64_t heads = a.B * a.Hkv, head = task % heads, b = head / a.Hkv, h = head % a.Hkv, first = task / heads * KEYS;
-  int64_t n = min(a.seen_of(b)[a.N] - first, KEYS);
-  if (n <= 0) return;
-  pack_keys<T>(a, a.k, b, h, first, n, a.D, (W*)(a.work + a.kt) + head * z.keys * z.dw, nullptr, 0, scratch);
-  pack_keys<T>(a, a.v, b, h, first, n, a.Dv, nullptr, (W*)(a.work + a.vn) + head * words<T>(z.keys) * z.dvp, z.dvp, scratch);
+  const Sequence& s = a.sequences[a.chunks[task / a.Hkv].sequence];
+  int64_t h = task % a.Hkv, first = a.chunks[task / a.Hkv].block * KEYS, n = min(seen_before(s, s.N) - first, KEYS);
+  if (n <= 0 || first >= last_key(a, s, s.M - 1) || first + n <= first_key(a, s, 0)) return;
+  pack_keys<T>(a.k, s, h, first, n, a.D, panels_of<T>(a, a.kt, s, h, z.dw), nullptr, 0, scratch);
+  pack_keys<T>(a.v, s, h, first, n, a.Dv, nullptr, rows_of<T>(a, a.vn, s, h, z.dvp), z.dvp, scratch);
 }
 
 template <class A>
@@ -144,16 +140,17 @@ template <>
 constexpr double lowest<double> = -__DBL_MAX__;
 
 // A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units), n columns a row, of
-// which the first hi(i) count in row i. f.factor tells by what each row's earlier sums shrink. Three loops over the rows, not one: so the
-// latencies of one row's maximum, factor and sum hide behind its neighbours.
-template <class T, class F>
-INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, F hi) {
+// which those from lo[i] to hi[i] count in row i. f.factor tells by what each row's earlier sums shrink. Loops over all rows, one after
+// the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours. dropped(i, x): x, columns of row i.
+template <class T, bool DROP, class F>
+INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, const int32_t* lo, const int32_t* hi, F multipliers) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
   const A inf = __builtin_inf();
   for (int64_t i = 0; i < rows; i++) {
     A* s = f.s + i * KEYS;
-    for (int64_t j = hi(i); j < n; j++) s[j] = -inf;
+    for (int64_t j = hi[i]; j < n; j++) s[j] = -inf;
+    for (int64_t j = 0; j < lo[i]; j++) s[j] = -inf;
     vec<A> top = load(s);
     for (int64_t j = L; j < n; j += L) top = max(load(s + j), top);
     f.top[i] = lanes_max(top) * scale;
@@ -167,13 +164,48 @@ INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale,
   for (int64_t i = 0; i < rows; i++) {
     A* s = f.s + i * KEYS;
     vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
+    const A* z = DROP ? multipliers(i) : nullptr;
     for (int64_t j = 0; j < n; j += PACK * L) {
       vec<A> x[PACK];
 #pragma GCC unroll 2
-      for (int u = 0; u < PACK; u++) sum[u] += x[u] = exp2(load(s + j + u * L) * by - shift);
+      for (int u = 0; u < PACK; u++) {
+        sum[u] += x[u] = exp2(load(s + j + u * L) * by - shift);
+        if (DROP) x[u] *= load(z + j + u * L);
+      }
       pack_scores<T>((word_t<T>*)s, j, x);
     }
     f.l[i] = f.l[i] * f.factor[i] + lanes_sum(PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]);
+  }
+}
+
+#include "attention_stream.h"
+
+// The rows of a task: queries of one head, or of all that share a key head, one head after the other.
+struct Block {
+  const Sequence& s;
+  int64_t h, kv_head, row0, rows;  // h: the head, or the first
+  bool fold;
+  Block(const Attention& a, int64_t task)
+      : s(a.sequences[a.blocks[task / (a.fold ? a.Hkv : a.H)].sequence]), fold(a.fold) {
+    int64_t group = a.H / a.Hkv;
+    if (fold)
+      kv_head = task % a.Hkv, h = kv_head * group, row0 = 0, rows = s.M * group;
+    else
+      h = task % a.H, kv_head = h / group, row0 = a.blocks[task / a.H].block * QUERIES, rows = min(s.M - row0, QUERIES);
+  }
+  int64_t head(int64_t r) const { return fold ? h + r / s.M : h; }
+  int64_t query(int64_t r) const { return fold ? r % s.M : row0 + r; }
+};
+
+template <class T>
+static void write_rows(const Attention& a, const Sizes<T>& z, const Block& block, const Forward<T>& f) {
+  using A = acc_t<T>;
+  for (int64_t r = 0; r < block.rows; r++) {
+    A l = f.l[r];  // 0: a query that sees no key gives zeros, and lse = -inf
+    int64_t h = block.head(r), i = block.s.q0 + block.query(r);
+    narrow_row(row_of<T>(a.o, block.s.b, h, i), a.o.d, f.o + r * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
+    ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] =
+        lse_t<T>(l > 0 ? (f.m[r] + __builtin_log2(double(l))) * LN2 : l == l ? -__builtin_inf() : l);
   }
 }
 
@@ -181,15 +213,17 @@ template <class T>
 static void forward_task(const Attention& a, int64_t task, char* scratch) {
   using W = word_t<T>;
   using A = acc_t<T>;
+  constexpr int PACK = operand<T>::pack;
   Sizes<T> z(a);
   Forward<T> f(z, scratch);
-  int64_t heads = a.B * a.H, head = task % heads, b = head / a.H, h = head % a.H, kv_head = b * a.Hkv + h / (a.H / a.Hkv);
-  int64_t i0 = ((a.M + QUERIES - 1) / QUERIES - 1 - task / heads) * QUERIES;  // the last queries first: they see the most keys
-  int64_t rows = min(a.M - i0, QUERIES), padded = round_up(rows, ROWS);
-  const int32_t* seen = a.seen_of(b);
-  const W *kt = (W*)(a.work + a.kt) + kv_head * z.keys * z.dw, *vn = (W*)(a.work + a.vn) + kv_head * words<T>(z.keys) * z.dvp;
+  const Block block(a, task / a.splits);
+  const Sequence& s = block.s;
+  int64_t split = task % a.splits, rows = block.rows, padded = round_up(rows, ROWS);
+  if (rows <= 0) return;
+  const W *kt = nullptr, *vn = nullptr;
+  if (!a.stream) kt = panels_of<T>(a, a.kt, s, block.kv_head, z.dw), vn = rows_of<T>(a, a.vn, s, block.kv_head, z.dvp);
 
-  pack_rows<T>(f.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, b, h, i0 + i); }, a.q.d, a.D, rows, ROWS);
+  pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
   A scale = A(a.scale * LOG2E);
   if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
     for (int64_t i = 0; i < padded * z.dw; i++) f.q[i] = negate(f.q[i]);
@@ -198,37 +232,94 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
     __builtin_memset(f.q, 0, padded * z.dw * sizeof(W));
     scale = 1;
   }
-  for (int64_t i = 0; i < QUERIES; i++) f.m[i] = f.top[i] = -__builtin_inf(), f.l[i] = 0;
+  bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
+  A before = scale, after = curved ? A(1) : scale;
+  int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES];
+  int64_t begin = s.N, end = 0;
+  for (int64_t r = 0; r < QUERIES; r++) {
+    f.m[r] = f.top[r] = -__builtin_inf(), f.l[r] = 0;
+    if (r >= rows) continue;
+    int64_t i = block.query(r);
+    from[r] = int32_t(first_key(a, s, i)), to[r] = int32_t(last_key(a, s, i));
+    if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
+    if (a.sinks && split == 0) f.m[r] = A(((const A*)a.sinks)[block.head(r)] * LOG2E), f.l[r] = f.m[r] == -__builtin_inf() ? 0 : 1;
+  }
+  if (a.splits > 1) {
+    int64_t part = round_up((s.N + a.splits - 1) / a.splits, KEYS);
+    begin = max(begin, split * part), end = min(end, (split + 1) * part);
+  }
+  begin = begin / COLS<A> * COLS<A>;
 
-  int64_t end = limit(a, seen, i0 + rows - 1);
-  for (int64_t j0 = 0; j0 < end; j0 += KEYS) {
-    int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * operand<T>::pack);
-    exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
-    softmax_rows<T>(f, rows, n, scale, [&](int64_t i) {
-      int64_t hi = min(limit(a, seen, i0 + i) - j0, keys);
-      return hi < 0 ? 0 : hi;
-    });
-    const W *p = (W*)f.s, *v = vn + j0 / operand<T>::pack * z.dvp;
-    if (j0 == 0)
-      product<Start::zero>(rows, a.Dv, words<T>(keys), p, KEYS, v, z.dvp, COLS<A>, f.o, z.dvp);
+  bool empty = true;
+  A multipliers[KEYS + 64];
+  for (int64_t j0 = begin; j0 < end; j0 += KEYS) {
+    int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * PACK);
+    if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
+    if (a.stream)
+      stream_scores<T>(a, s, block.kv_head, j0, keys, f.q, z.dw, rows, f.s);
     else
-      product<Start::scale>(rows, a.Dv, words<T>(keys), p, KEYS, v, z.dvp, COLS<A>, f.o, z.dvp, f.factor);
+      exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
+    for (int64_t r = 0; r < rows; r++) {
+      lo[r] = int32_t(max(0, min(from[r] - j0, n))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
+      if (curved || a.mask.data) score_row(a, s, block.head(r), block.query(r), j0, n, keys, before, f.s + r * KEYS);
+    }
+    if (a.dropout_p > 0)
+      softmax_rows<T, true>(f, rows, n, after, lo, hi, [&](int64_t r) {
+        drop_row(a, s, block.head(r), block.query(r), j0, keys, multipliers);
+        return multipliers;
+      });
+    else
+      softmax_rows<T, false>(f, rows, n, after, lo, hi, [](int64_t) { return nullptr; });
+    const W* p = (W*)f.s;
+    if (a.stream)
+      stream_values<T>(a, s, block.kv_head, j0, keys, p, rows, f.o, z.dvp, empty ? nullptr : f.factor);
+    else if (empty)
+      product<Start::zero>(rows, a.Dv, words<T>(keys), p, KEYS, vn + j0 / PACK * z.dvp, z.dvp, COLS<A>, f.o, z.dvp);
+    else
+      product<Start::scale>(rows, a.Dv, words<T>(keys), p, KEYS, vn + j0 / PACK * z.dvp, z.dvp, COLS<A>, f.o, z.dvp, f.factor);
+    empty = false;
   }
-  if (end == 0) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));
+  if (empty) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));
+  if (a.splits == 1) return write_rows(a, z, block, f);
+  Partial<T> part(a, z, task);
+  __builtin_memcpy(part.o, f.o, rows * z.dvp * sizeof(A));
+  __builtin_memcpy(part.m, f.m, QUERIES * sizeof(A)), __builtin_memcpy(part.l, f.l, QUERIES * sizeof(A));
+}
 
-  lse_t<T>* lse = (lse_t<T>*)a.lse + (b * a.H + h) * a.M + i0;
-  for (int64_t i = 0; i < rows; i++) {
-    A l = f.l[i];  // 0: a query that sees no key gives zeros, and lse = -inf
-    narrow_row(row_of<T>(a.o, b, h, i0 + i), a.o.d, f.o + i * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
-    lse[i] = lse_t<T>(l > 0 ? (f.m[i] + __builtin_log2(double(l))) * LN2 : l == l ? -__builtin_inf() : l);
+// The splits of a block, in the order of their keys.
+template <class T>
+static void forward_merge(const Attention& a, int64_t task, char* scratch) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  Sizes<T> z(a);
+  Forward<T> f(z, scratch);
+  const Block block(a, task);
+  for (int64_t r = 0; r < block.rows; r++) {
+    A top = -__builtin_inf();
+    for (int64_t split = 0; split < a.splits; split++) {
+      A m = Partial<T>(a, z, task * a.splits + split).m[r];
+      top = m > top ? m : top;
+    }
+    A* o = f.o + r * z.dvp;
+    __builtin_memset(o, 0, z.dvp * sizeof(A));
+    f.m[r] = top, f.l[r] = 0;
+    for (int64_t split = 0; split < a.splits; split++) {
+      Partial<T> part(a, z, task * a.splits + split);
+      if (part.l[r] == 0) continue;
+      A by[L];
+      store(by, exp2(splat(part.m[r] - top)));
+      f.l[r] += part.l[r] * by[0];
+      for (int64_t d = 0; d < z.dvp; d += L) store(o + d, load(o + d) + load(part.o + r * z.dvp + d) * splat(by[0]));
+    }
   }
+  write_rows(a, z, block, f);
 }
 
 #include "attention_backward.h"
 
 template <class T>
-constexpr AttentionKernels both_ways[2] = {{forward_plan<T>, forward_pack<T>, forward_task<T>},
-                                           {backward_plan<T>, backward_pack<T>, backward_task<T>}};
+constexpr AttentionKernels both_ways[2] = {{QUERIES, 0, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
+                                           {BWD_QUERIES, BWD_KEYS, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr}};
 static const AttentionKernels* attention_kernels(Dtype dtype) {  // forward, backward
   switch (dtype) {
     case Dtype::f16: return both_ways<half>;

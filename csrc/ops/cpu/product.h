@@ -140,11 +140,34 @@ INLINE void pack_scores(word_t<T>* to, int64_t i, const vec<acc_t<T>>* x) {
     store(to + i, x[0]);
 }
 
+// A register of words of a natural row that lies in memory as it is, whole.
+INLINE f32 widen_words(const float* p) { return load(p); }
+INLINE f64 widen_words(const double* p) { return load(p); }
+typedef uint16_t u16_half __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
+INLINE f32 widen_words(const half* p) {  // as widen()
+  u32 x = __builtin_convertvector(*(const u16_half*)p, u32);
+  f32 f = (f32)((x & 0x7fff) << 13) * 0x1p112f;
+  u32 special = (u32)(f >= 65536.0f) & 0x7f800000;
+  return (f32)((u32)f | special | (x & 0x8000) << 16);
+}
+#if LEVEL_BF16_DOT
+INLINE u32 widen_words(const bfloat16* p) { return load((const uint32_t*)p); }
+#else
+INLINE f32 widen_words(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const u16_half*)p, u32) << 16); }
+#endif
+
 // Two natural rows as one row of a b operand: word j holds element j of both.
 #if LEVEL_BF16_DOT
 INLINE void interleave(uint32_t* to, const uint32_t* row0, const uint32_t* row1, int64_t n) {
   const uint16_t *x = (const uint16_t*)row0, *y = (const uint16_t*)row1;
   for (int64_t j = 0; j < n; j++) to[j] = uint32_t(x[j]) | uint32_t(y[j]) << 16;
+}
+INLINE void interleave(u32 row0, u32 row1, u32& left, u32& right) {  // the same for 32 elements of each
+  constexpr uint16_t order[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  __m512i first = (__m512i)load(order);
+  left = (u32)_mm512_permutex2var_epi16((__m512i)row0, first, (__m512i)row1);
+  right = (u32)_mm512_permutex2var_epi16((__m512i)row0, _mm512_add_epi16(first, _mm512_set1_epi16(16)), (__m512i)row1);
 }
 INLINE u32 interleave(f32 row0, f32 row1) {  // the same for accumulators
   constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -42,15 +43,19 @@ class Workspace {
 
 // f(task, scratch) for every task, started in ascending order: each thread takes the next one when it is done with its last.
 template <class F>
-void run_tasks(int64_t tasks, size_t scratch_bytes, const F& f) {
+void run_tasks(int64_t tasks, size_t scratch_bytes, const F& f, int64_t most_threads = INT64_MAX) {
   std::atomic<int64_t> next{0};
-  int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  const auto work = [&](int64_t, int64_t) {
     thread_local Memory scratch;
     thread_local size_t size = 0;
     if (size < scratch_bytes) scratch = allocate(size = scratch_bytes);
     for (int64_t task; (task = next++) < tasks;) f(task, scratch.get());
-  });
+  };
+  int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), tasks, most_threads});
+  if (threads <= 1)
+    work(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, work);
 }
 
 }  // namespace minkernels

@@ -5,91 +5,265 @@ import math
 import torch
 from torch import Tensor
 
-from minkernels._library import define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable
 from minkernels.attention import reference
-from minkernels.attention._outputs import like, lse_like
+from minkernels.attention._options import SCHEMA, Options, grads_like, like, lse_like
 
 MAX_HEAD_DIM = 256
+DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
+TENSORS = 8  # of Options, the first
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, key_mask: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """softmax(scale * q @ k.T + mask) @ v, without storing the M x N scores.
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    key_mask: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softcap(scale * q @ k.T) + bias, where seen) @ v, without storing the M x N scores.
 
     Shapes: B batch, H heads, Hkv key heads (H a multiple of it), M queries, N keys, D and Dv head dims (1 to 256).
     Args:
         q: (B, H, M, D) float16, bfloat16, float32, or float64 (CPU only); any strides.
         k: (B, Hkv, N, D), v: (B, Hkv, N, Dv); same dtype and device. Query head h reads key head h // (H // Hkv).
-        causal: query i sees keys 0 .. i + N - M: aligned to the bottom right, so that decoding works; where M != N,
-            that is unlike the is_causal of F.scaled_dot_product_attention.
-        key_mask: (B, N) bool, True where a key may be seen (False is padding), any pattern. NaN or inf in a hidden
-            key or value reaches nothing.
+        causal: query i sees no key after i + N - M: aligned to the bottom right, so that decoding works. "top-left": none after
+            i, as is_causal of F.scaled_dot_product_attention has it. Where kv_lens is given, its b-th length stands for N.
+        key_mask: (B, N) bool, True where a key may be seen (False is padding), any pattern.
+        kv_lens: (B,) int32 or int64, 0 to N: keys from there on do not exist. NaN or inf in a key or value that key_mask or
+            kv_lens hides reaches nothing.
+        mask: bool, True where a query sees a key, any shape that broadcasts to (B, H, M, N).
+        bias: float, added to the scores (in nats), any shape that broadcasts to (B, H, M, N); has a gradient.
+        window: (left, right): query i sees keys i + off - left to i + off + right, where off is N - M, or 0 for causal="top-left".
+            None or a negative number is unbounded.
+        softcap: c makes every score c * tanh(score / c), before bias and masks.
+        sinks: (H,) a logit for each head that takes part in the softmax without a value, neither scaled nor capped; has a gradient.
         scale: multiplies q @ k.T to give nats; default D ** -0.5.
-    Returns: (B, H, M, Dv) in q.dtype, dense in q's dimension order. A query that sees no key gives zeros, and zero gradients.
+        dropout_p: the share of probabilities, 0 <= p < 1, that are set to 0, the others divided by 1 - p. The seed comes from
+            torch's generator of q's device.
+        return_lse: return (o, lse) as well: the log of the sum of exp(scores), sink included, (B, H, M), nats, float32 (float64
+            for float64 inputs), differentiable, and not affected by dropout.
+    Returns: (B, H, M, Dv) in q.dtype, dense in q's dimension order. A query that sees no key gives zeros, lse = -inf (or the
+    sink), and zero gradients. Deterministic, forward and backward.
     Under autocast q, k and v are cast to the autocast dtype, as F.scaled_dot_product_attention does.
     Raises: ValueError for shapes or values that do not fit; TypeError for mixed or unsupported dtypes and devices.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
-    _check(q, k, v, causal, key_mask, scale)
+    _check_qkv(q, k, v, 4, "(batch, heads, length, head dim)")
+    (B, H, M), N = q.shape[:3], k.shape[2]
+    if key_mask is not None:
+        _check_tensor("key_mask", key_mask, (B, N), "(B={}, N={})", (torch.bool,), q)
+    if kv_lens is not None:
+        _check_tensor("kv_lens", kv_lens, (B,), "(B={},)", (torch.int32, torch.int64), q)
+        kv_lens = kv_lens.to(torch.int32)
+    if mask is not None:
+        mask = _four(mask, "mask", (torch.bool,), (B, H, M, N), q)
+        if mask.shape[1:3] == (1, 1):  # nothing but keys: those hidden are skipped, not computed and masked
+            hides = mask[:, 0, 0].expand(B, N)
+            key_mask, mask = hides if key_mask is None else key_mask & hides, None
+    if bias is not None:
+        bias = _four(bias, "bias", DTYPES, (B, H, M, N), q)
+    rest = _lower(q, causal, window, softcap, sinks, scale, dropout_p)
+    return _attend(q, k, v, return_lse, rest._replace(bias=bias, key_mask=key_mask, kv_lens=kv_lens, mask=mask))
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """attention of sequences that lie end to end, each query seeing the keys of its own sequence alone.
+
+    Args:
+        q: (T, H, D), k: (Tk, Hkv, D), v: (Tk, Hkv, Dv), as those of attention.
+        cu_seqlens_q: (sequences + 1,) int32 or int64: sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] - 1; it starts
+            with 0 and ends with T. cu_seqlens_k: the same for keys. Sequences may be empty, of queries, of keys or of both.
+        max_seqlen_q, max_seqlen_k: at least the length of the longest sequence.
+        The others: as those of attention, N and M being the keys and queries of the sequence.
+    Returns: (T, H, Dv), and with return_lse also lse, (T, H).
+    Raises: as attention; for CPU tensors ValueError also if cu_seqlens fall or do not end at the length: on a GPU that is asserted.
+    """
+    _check_qkv(q, k, v, 3, "(length, heads, head dim)")
+    for name, cu, longest in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
+        count = cu_seqlens_q.numel() if isinstance(cu_seqlens_q, Tensor) else 0
+        _check_tensor(f"cu_seqlens_{name}", cu, (max(count, 1),), "({},), at least one", (torch.int32, torch.int64), q)
+        if isinstance(longest, bool | Tensor) or not isinstance(longest, int | torch.SymInt):
+            raise TypeError(f"max_seqlen_{name} must be an int, got {longest!r}")
+        if longest < 0:
+            raise ValueError(f"max_seqlen_{name} must not be negative, got {longest}")
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    rest = _lower(q, causal, window, softcap, sinks, scale, dropout_p)._replace(
+        cu_seqlens_q=cu_seqlens_q.to(torch.int32),
+        cu_seqlens_k=cu_seqlens_k.to(torch.int32),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+    )
+    result = _attend(q, k, v, return_lse, rest)
+    return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
+
+
+def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from the attention over each: for ring attention, shared prefixes, and long caches.
+
+    Args: out1, out2: (..., Dv); lse1, lse2: their log-sum-exp, out.shape[:-1], from return_lse=True.
+    Returns: (out, lse) as if computed in one call, out in out1's dtype; differentiable in all four. A sink must be in one of them only.
+    Raises: ValueError if the shapes do not agree; TypeError if something is no float tensor.
+    """
+    for name, t, shape in (("out1", out1, None), ("lse1", lse1, -1), ("out2", out2, 0), ("lse2", lse2, -1)):
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            raise TypeError(f"{name} must be a float tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        expected = t.shape if shape is None else out1.shape if shape == 0 else out1.shape[:-1]
+        if t.shape != expected:
+            raise ValueError(f"{name} must be {tuple(expected)} to fit out1 {tuple(out1.shape)}, got {tuple(t.shape)}")
+    top = torch.maximum(lse1, lse2).detach()
+    top = top.masked_fill(top == float("-inf"), 0.0)  # no key in either: avoid inf - inf
+    w1, w2 = (lse1 - top).exp(), (lse2 - top).exp()
+    total = w1 + w2
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    out = (w1 / total)[..., None] * out1 + (w2 / total)[..., None] * out2
+    return out.to(out1.dtype), (total.log() + top).masked_fill(empty, float("-inf"))
+
+
+def _attend(q, k, v, return_lse, options):
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    args = q, k, v, key_mask, causal, q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return (_Attention.apply(*args) if needs_grad(q, k, v) else _fwd(*args))[0]
+    if needs_grad(q, k, v, options.bias, options.sinks):
+        o, lse = apply(_Attention, q, k, v, *options)
+    else:
+        o, lse = _fwd(q, k, v, *options)
+    return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o
 
 
-def _check(q, k, v, causal, key_mask, scale):
+def _lower(q, causal, window, softcap, sinks, scale, dropout_p):
+    """What attention and attention_varlen share: checked, and in the operators' terms."""
+    if not (isinstance(causal, bool) or causal == "top-left"):
+        raise ValueError(f'causal must be True, False or "top-left", got {causal!r}')
+    left = right = None
+    if window is not None:
+        if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or _is_int(n) for n in window):
+            raise TypeError(f"window must be two ints or None, (left, right), got {window!r}")
+        left, right = (None if n is None or n < 0 else n for n in window)
+    _check_number("scale", scale)
+    _check_number("softcap", softcap)
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+    if dropout_p != 0.0:
+        _check_number("dropout_p", dropout_p)
+        if not 0 <= dropout_p < 1:
+            raise ValueError(f"dropout_p must be at least 0 and under 1, got {dropout_p}")
+    if sinks is not None:
+        _check_tensor("sinks", sinks, (q.shape[1],), "(H={},)", DTYPES, q)
+        sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    return Options(
+        sinks=sinks,
+        seed=torch.randint(2**62, (), device=q.device) if dropout_p else None,
+        left=left,
+        right=0 if causal else right,
+        top_left=causal == "top-left",
+        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        dropout_p=float(dropout_p),
+    )
+
+
+def _check_qkv(q, k, v, dims, layout):
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if t.dim() != 4:
-            raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head dim), got shape {tuple(t.shape)}")
-        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        if t.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
+        if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.dtype != q.dtype or t.device != q.device:
             raise TypeError(f"{name} is {t.dtype} on {t.device}, but q is {q.dtype} on {q.device}: they must agree")
     if q.dtype == torch.float64 and q.device.type != "cpu":
         raise TypeError(f"float64 runs on the CPU only, got q on {q.device}")
-    B, H, _, D = q.shape
-    Hkv, N = k.shape[1:3]
-    if k.shape[0] != B or k.shape[3] != D:
-        raise ValueError(f"k must be (B={B}, heads, length, D={D}) to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v must share batch, heads and length with k {tuple(k.shape)}, got {tuple(v.shape)}")
+    heads = 1 if dims == 4 else -2
+    D, H, Hkv = q.shape[-1], q.shape[heads], k.shape[heads]
+    if (dims == 4 and k.shape[0] != q.shape[0]) or k.shape[-1] != D:
+        batch = f"B={q.shape[0]}, heads, length" if dims == 4 else "length, heads"
+        raise ValueError(f"k must be ({batch}, D={D}) to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
+    if v.shape[:-1] != k.shape[:-1]:
+        raise ValueError(f"v must share all but the head dim with k {tuple(k.shape)}, got {tuple(v.shape)}")
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"q has {H} heads, which is no multiple of the {Hkv} heads of k")
     for name, t in (("q", q), ("v", v)):
-        if not 1 <= t.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"the head dim of {name} must be 1 to {MAX_HEAD_DIM}, got {t.shape[3]}")
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool, got {causal!r}")
-    if key_mask is not None:
-        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask must be a bool tensor, got {getattr(key_mask, 'dtype', type(key_mask).__name__)}")
-        if key_mask.shape != (B, N):
-            raise ValueError(f"key_mask must be (B={B}, N={N}), got {tuple(key_mask.shape)}")
-        if key_mask.device != q.device:
-            raise TypeError(f"key_mask is on {key_mask.device}, but q is on {q.device}")
-    if scale is not None:
-        if isinstance(scale, bool | Tensor) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a number, got {scale!r}")
-        if not math.isfinite(scale):
-            raise ValueError(f"scale must be finite, got {scale}")
+        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"the head dim of {name} must be 1 to {MAX_HEAD_DIM}, got {t.shape[-1]}")
 
 
-def _fwd_flops(q, k, v, *_, **__):  # shapes; a causal mask is not counted, as for F.scaled_dot_product_attention
-    B, H, M, D = q
-    return 2 * B * H * M * v[2] * (D + v[3])
+def _check_tensor(name, t, shape, shown, dtypes, q):
+    if not isinstance(t, Tensor) or t.dtype not in dtypes:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be a {kinds} tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.shape != shape:
+        raise ValueError(f"{name} must be {shown.format(*shape)}, got {tuple(t.shape)}")
+    if t.device != q.device:
+        raise TypeError(f"{name} is on {t.device}, but q is on {q.device}")
 
 
-def _bwd_flops(do, q, k, v, *_, **__):
-    B, H, M, D = q
-    return 2 * B * H * M * v[2] * (3 * D + 2 * v[3])
+def _four(t, name, dtypes, full, q):
+    """mask or bias in four dimensions, not expanded: a size of 1 stands for all."""
+    _check_tensor(name, t, getattr(t, "shape", None), "", dtypes, q)
+    shape = (1,) * (4 - t.dim()) + tuple(t.shape)
+    if len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, full, strict=True)):
+        raise ValueError(f"{name} must broadcast to (B, H, M, N) = {tuple(full)}, got {tuple(t.shape)}")
+    return t.reshape(shape) if t.dim() < 4 else t
+
+
+def _check_number(name, x):
+    if x is None:
+        return
+    if isinstance(x, bool | Tensor) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def _is_int(n):
+    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
+
+
+def _scores_counted(q, v, options):
+    """Queries times keys, of shapes. What masks hide is counted, as for F.scaled_dot_product_attention."""
+    B, H, M, _ = q
+    return B * H * M * (v[2] if Options(*options).cu_seqlens_k is None else min(v[2], Options(*options).max_seqlen_k))
+
+
+def _fwd_flops(q, k, v, *options, **_):
+    return 2 * _scores_counted(q, v, options) * (q[3] + v[3])
+
+
+def _bwd_flops(do, dlse, q, k, v, o, lse, *options, **_):
+    return 2 * _scores_counted(q, v, options[:-1]) * (3 * q[3] + 2 * v[3])
 
 
 _fwd = define(
     "attention_fwd",
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, bool causal, float scale) -> (Tensor o, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: (like(q, v.shape[-1]), lse_like(q)),
     reference=reference.fwd,
     cpu="minkernels.attention._cpu:fwd",
@@ -99,9 +273,9 @@ _fwd = define(
 _bwd = once_differentiable(
     define(
         "attention_bwd",
-        "(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? key_mask, bool causal, float scale)"
-        " -> (Tensor dq, Tensor dk, Tensor dv)",
-        fake=lambda do, q, k, v, *_: tuple(torch.empty_like(t) for t in (q, k, v)),
+        f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {SCHEMA}, bool bias_grad)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dsinks)",
+        fake=lambda do, dlse, q, k, v, o, lse, bias, sinks, *rest: grads_like(q, k, v, bias, sinks, rest[-1]),
         reference=reference.bwd,
         cpu="minkernels.attention._cpu:bwd",
         cuda="minkernels.attention._triton:bwd",
@@ -114,19 +288,23 @@ class _Attention(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q, k, v, key_mask, causal, scale):
-        return _fwd(q, k, v, key_mask, causal, scale)
+    def forward(q, k, v, *options):
+        return _fwd(q, k, v, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, key_mask, ctx.causal, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v, *output, key_mask)  # p is rebuilt from lse, so nothing M x N is kept
-        ctx.mark_non_differentiable(output[1])
+        q, k, v, *options = inputs
+        ctx.save_for_backward(q, k, v, *output, *options[:TENSORS])  # p is rebuilt from lse, so nothing M x N is kept
+        ctx.numbers = options[TENSORS:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, do, _dlse):
-        if do is None:
-            return (None,) * 6
-        *saved, key_mask = ctx.saved_tensors
-        return *_bwd(do, *saved, key_mask, ctx.causal, ctx.scale), None, None, None
+    def backward(ctx, do, dlse):
+        if do is None and dlse is None:
+            return (None,) * (3 + len(Options._fields))
+        q, k, v, o, lse, bias, sinks, *tensors = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        bias_grad = ctx.needs_input_grad[3]
+        dq, dk, dv, dbias, dsinks = _bwd(do, dlse, q, k, v, o, lse, bias, sinks, *tensors, *ctx.numbers, bias_grad)
+        dsinks = None if sinks is None else dsinks
+        return dq, dk, dv, dbias if bias_grad else None, dsinks, *(None,) * (len(Options._fields) - 2)

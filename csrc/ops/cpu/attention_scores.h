@@ -1,0 +1,159 @@
+// What the options do to a tile of scores: which keys a query sees, softcap, bias, mask, dropout. Rows are a query's, columns packed keys.
+
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// fp32 probabilities cannot be rebuilt from an fp32 lse: at lse = 8 its rounding alone is four of theirs.
+template <class T>
+struct lse_of {
+  using type = float;
+};
+template <>
+struct lse_of<float> {
+  using type = double;
+};
+template <>
+struct lse_of<double> {
+  using type = double;
+};
+template <class T>
+using lse_t = typename lse_of<T>::type;
+
+template <class T>
+INLINE T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
+  return (T*)x.data + b * x.b + h * x.h + row * x.row;
+}
+
+// Between positions of keys and packed keys.
+INLINE int64_t position(const Sequence& s, int64_t packed) { return s.keys ? s.keys[packed] : packed; }
+INLINE int64_t seen_before(const Sequence& s, int64_t position) { return s.keys ? s.count[position] : position; }
+
+// Query i sees packed keys first_key() to last_key() - 1, as far as band and lengths tell.
+INLINE int64_t first_key(const Attention& a, const Sequence& s, int64_t i) {
+  return seen_before(s, max(0, min(i + s.off - a.left, s.N)));
+}
+INLINE int64_t last_key(const Attention& a, const Sequence& s, int64_t i) {
+  return seen_before(s, max(0, min(i + s.off + a.right + 1, s.N)));
+}
+
+// f(packed key relative to j0, pointer) for each element of a row of bias, mask or dbias that one of these keys has.
+template <class T, class F>
+INLINE void for_row(const View& x, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, F f) {
+  T* row = row_of<T>(x, s.b, h, i);
+  if (s.keys || x.d != 1)
+    for (int64_t j = 0; j < keys; j++) f(j, row + position(s, j0 + j) * x.d);
+  else
+    for (int64_t j = 0; j < keys; j++) f(j, row + j0 + j);
+}
+
+template <class A>
+INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
+  auto read = [&](int64_t j, const auto* from) { to[j] = A(widen(*from)); };
+  switch (a.bias_dtype) {
+    case Dtype::f16: return for_row<const half>(a.bias, s, h, i, j0, keys, read);
+    case Dtype::bf16: return for_row<const bfloat16>(a.bias, s, h, i, j0, keys, read);
+    case Dtype::f32: return for_row<const float>(a.bias, s, h, i, j0, keys, read);
+    case Dtype::f64: return for_row<const double>(a.bias, s, h, i, j0, keys, read);
+  }
+}
+
+// tanh, relative error of a few roundings: Lambert's continued fraction near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
+template <class V>
+INLINE V tanh(V x) {
+  constexpr bool wide = sizeof(x[0]) == 8;
+  V y = x * x, magnitude = x < 0 ? -x : x, numerator, denominator;
+  if constexpr (wide) {
+    numerator = (((y + 990.0) * y + 135135.0) * y + 4729725.0) * y + 34459425.0;
+    denominator = (((y * 45.0 + 13860.0) * y + 945945.0) * y + 16216200.0) * y + 34459425.0;
+  } else {
+    numerator = ((y + 105.0f) * y) + 945.0f;
+    denominator = (y * 15.0f + 420.0f) * y + 945.0f;
+  }
+  V top = V{} + 30, far = magnitude > top ? top : magnitude;  // 1 from there on
+  far = 1 - 2 / (exp2(far * decltype(x[0] + x[0])(2 * LOG2E)) + 1);
+  return magnitude < decltype(x[0] + x[0])(0.625) ? x * numerator / denominator : (x < 0 ? -far : far);
+}
+
+// A row of n products q k as scores in log2 units, by: what they are multiplied by to become so.
+template <class A>
+static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n, int64_t keys, A by, A* row) {
+  constexpr int L = vector<A>::lanes;
+  if (a.softcap > 0) {
+    A in = A(by / (LOG2E * a.softcap)), out = A(a.softcap * LOG2E);
+    for (int64_t j = 0; j < n; j += L) store(row + j, tanh<vec<A>>(load(row + j) * in) * out);
+    by = 1;
+  }
+  if (a.bias.data) {
+    A bias[PACKED_KEYS] = {};
+    bias_row(a, s, h, i, j0, keys, bias);
+    for (int64_t j = 0; j < n; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
+  }
+  if (a.mask.data)
+    for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { row[j] = *seen ? row[j] : -__builtin_inf(); });
+}
+
+// Whether the mask shows any of these keys to any row of the block.
+template <class B>
+static bool some_seen(const Attention& a, const Sequence& s, const B& block, int64_t j0, int64_t keys) {
+  for (int64_t r = 0; r < block.rows; r++) {
+    int any = 0;
+    for_row<const char>(a.mask, s, block.head(r), block.query(r), j0, keys, [&](int64_t, const char* seen) { any |= *seen; });
+    if (any) return true;
+    if (!a.mask.row && !block.fold) break;
+  }
+  return false;
+}
+
+INLINE void wide_product(u32 x, uint32_t by, u32& high, u32& low) {
+#if LEVEL_BYTES == 64
+  __m512i b = _mm512_set1_epi32(int(by)), even = _mm512_mul_epu32((__m512i)x, b), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), b);
+  high = (u32)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif LEVEL_BYTES == 32
+  __m256i b = _mm256_set1_epi32(int(by)), even = _mm256_mul_epu32((__m256i)x, b), odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), b);
+  high = (u32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int l = 0; l < vector<uint32_t>::lanes; l++) high[l] = uint32_t(uint64_t(x[l]) * by >> 32);
+#endif
+  low = x * by;
+}
+
+// Four times lanes multipliers of dropout, for keys position to ...: 0 or 1 / (1 - p). Word j % 4 of Philox 4x32-10 (Salmon et al. 2011)
+// with key seed and counter (j / 4, i, number of the head, 0) is at least p 2**32 where key j is kept.
+template <class A>
+INLINE void drop_block(const Attention& a, int64_t number, int64_t i, int64_t position, A* to) {
+  constexpr int L = vector<uint32_t>::lanes;
+  u32 c[4] = {(u32)lane_numbers<float>() + uint32_t(position / 4), u32{} + uint32_t(i), u32{} + uint32_t(number), u32{}};
+  uint32_t key[2] = {uint32_t(a.seed), uint32_t(a.seed >> 32)};
+  for (int round = 0; round < 10; round++) {
+    u32 high0, low0, high2, low2;
+    wide_product(c[0], 0xD2511F53, high0, low0), wide_product(c[2], 0xCD9E8D57, high2, low2);
+    c[0] = high2 ^ c[1] ^ key[0], c[1] = low2, c[2] = high0 ^ c[3] ^ key[1], c[3] = low0;
+    key[0] += 0x9E3779B9, key[1] += 0xBB67AE85;
+  }
+  double scaled = __builtin_nearbyint(a.dropout_p * 4294967296.0);
+  uint32_t threshold = scaled > 4294967295.0 ? 0xFFFFFFFF : uint32_t(scaled), words[4][L];
+  A kept = A(1 / (1 - a.dropout_p));
+  for (int w = 0; w < 4; w++) store(words[w], c[w]);
+  for (int l = 0; l < L; l++)
+    for (int w = 0; w < 4; w++) to[4 * l + w] = words[w][l] >= threshold ? kept : A(0);
+}
+
+// What dropout multiplies the probabilities of a row by; to has room for 4 lanes more than keys.
+template <class A>
+static void drop_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
+  constexpr int64_t STEP = 4 * vector<uint32_t>::lanes;
+  int64_t number = (&s - a.sequences) * a.H + h;
+  if (!s.keys) {
+    for (int64_t j = 0; j < keys; j += STEP) drop_block(a, number, i, j0 + j, to + j);
+    return;
+  }
+  A block[STEP];
+  for (int64_t j = 0, start = -1; j < keys; j++) {
+    int64_t at = position(s, j0 + j);
+    if (at / STEP != start) start = at / STEP, drop_block(a, number, i, start * STEP, block);
+    to[j] = block[at % STEP];
+  }
+  for (int64_t j = keys; j < round_up(keys, STEP); j++) to[j] = 0;
+}

@@ -1,0 +1,138 @@
+// The two products of the forward for a few rows, with keys and values read where they lie: decoding is as fast as they can be read.
+
+// A register of words of a natural row, from word w on; words beyond n elements are zero. Elements lie one after the other.
+template <class T>
+INLINE vec<word_t<T>> load_words(const T* row, int64_t w, int64_t n) {
+  constexpr int COUNT = vector<word_t<T>>::lanes * operand<T>::pack;  // elements
+  row += w * operand<T>::pack, n -= w * operand<T>::pack;
+  if (n >= COUNT) return widen_words(row);
+  T rest[COUNT] = {};
+  if (n > 0) __builtin_memcpy(rest, row, n * sizeof(T));
+  return widen_words(rest);
+}
+
+// Rows that the CPU does not guess to be next.
+template <class T>
+INLINE void prefetch(const T* row, int64_t n) {
+  for (const char* p = (const char*)row; p < (const char*)(row + n); p += 64) __builtin_prefetch(p);
+}
+
+// Up to a register's lanes of scores of one query: sums[l] = q k[l]. q: words; whole: D fills registers and there are lanes keys.
+template <class T, bool whole>
+INLINE void stream_keys(const T* const* k, int64_t n, int64_t D, const word_t<T>* q, vec<acc_t<T>>* sums) {
+  using W = word_t<T>;
+  constexpr int L = vector<W>::lanes, KEYS_AT_ONCE = vector<acc_t<T>>::lanes;
+  for (int64_t w = 0; w < words<T>(D); w += L) {
+    vec<W> x = load(q + w);
+#pragma GCC unroll 16
+    for (int l = 0; l < KEYS_AT_ONCE; l++)
+      if constexpr (whole)
+        sums[l] = madd(sums[l], x, widen_words(k[l] + w * operand<T>::pack));
+      else if (l < n)
+        sums[l] = madd(sums[l], x, load_words(k[l], w, D));
+  }
+}
+
+// s (rows x keys, KEYS a row) = q k: q, natural rows of q_row words.
+template <class T>
+static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* q, int64_t q_row,
+                          int64_t rows, acc_t<T>* scores) {
+  using W = word_t<T>;
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  W wide_q[STREAM_ROWS][256 + vector<W>::lanes] = {};  // zeros beyond D
+  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(wide_q[r], q + r * q_row, q_row * sizeof(W));
+  bool whole = a.D % (vector<W>::lanes * operand<T>::pack) == 0;
+  for (int64_t j = 0; j < keys; j += L) {
+    const T* k[L];
+    int64_t n = min(keys - j, L);
+    for (int64_t l = 0; l < n; l++) k[l] = row_of<T>(a.k, s.b, kv_head, s.k0 + position(s, j0 + j + l));
+    for (int64_t l = j + L; l < min(j + 2 * L, keys); l++) prefetch(row_of<T>(a.k, s.b, kv_head, s.k0 + position(s, j0 + l)), a.D);
+    for (int64_t r = 0; r < rows; r++) {
+      vec<A> sums[L] = {};
+      if (whole && n == L)
+        stream_keys<T, true>(k, n, a.D, wide_q[r], sums);
+      else
+        stream_keys<T, false>(k, n, a.D, wide_q[r], sums);
+      transpose_registers<L / 2>(sums);
+#pragma GCC unroll 4
+      for (int half = L / 2; half; half /= 2)
+#pragma GCC unroll 8
+        for (int l = 0; l < half; l++) sums[l] += sums[l + half];
+      store(scores + r * KEYS + j, sums[0]);
+    }
+  }
+}
+
+// V registers of words of the values of one step of the reduction, which is pack keys. whole: all of their columns are there.
+template <class T, int V, bool whole>
+INLINE void load_values(const T* const* rows, int64_t d, int64_t Dv, vec<word_t<T>>* to) {
+  constexpr int L = vector<acc_t<T>>::lanes;
+#if LEVEL_BF16_DOT
+  if constexpr (operand<T>::pack == 2) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v += 2) {
+      u32 x = whole ? widen_words(rows[0] + d + v * L) : load_words(rows[0], (d + v * L) / 2, Dv);
+      u32 y = whole ? widen_words(rows[1] + d + v * L) : load_words(rows[1], (d + v * L) / 2, Dv);
+      interleave(x, y, to[v], to[v + 1]);
+    }
+    return;
+  } else
+#endif
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) to[v] = whole ? widen_words(rows[0] + d + v * L) : load_words(rows[0], d + v * L, Dv);
+}
+
+template <class T, int R, int V, bool whole>
+INLINE void stream_columns(const T* const* values, int64_t steps, int64_t d, int64_t Dv, const word_t<T>* p, vec<acc_t<T>> (*acc)[V]) {
+  for (int64_t step = 0; step < steps; step++) {
+    vec<word_t<T>> column[V];
+    load_values<T, V, whole>(values + step * operand<T>::pack, d, Dv, column);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], splat(p[r * KEYS + step]), column[v]);
+  }
+}
+
+template <class T, int R, int V>
+static void stream_tile(const T* const* values, int64_t steps, int64_t d, int64_t Dv, const word_t<T>* p, acc_t<T>* o, int64_t o_row,
+                        const acc_t<T>* factor) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  vec<A> acc[R][V] = {};
+  if (d + V * L <= Dv)
+    stream_columns<T, R, V, true>(values, steps, d, Dv, p, acc);
+  else
+    stream_columns<T, R, V, false>(values, steps, d, Dv, p, acc);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+      A* to = o + r * o_row + d + v * L;
+      if (d + v * L < Dv) store(to, factor ? acc[r][v] + load(to) * splat(factor[r]) : acc[r][v]);
+    }
+}
+
+// o (rows x Dv) = [factor *] o + p v: p, words with KEYS to a row.
+template <class T>
+static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p, int64_t rows,
+                          acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
+  const T* values[KEYS + 1];
+  for (int64_t j = 0; j < keys; j++) values[j] = row_of<T>(a.v, s.b, kv_head, s.k0 + position(s, j0 + j));
+  T zeros[256 + 2 * COLS<acc_t<T>>] = {};
+  values[keys] = zeros;  // the partner of an odd one
+  for (int64_t r = 0; r < rows;) {
+    const auto run = [&](auto tile, int64_t n, int64_t columns) {
+      for (int64_t d = 0; d < a.Dv; d += columns)
+        tile(values, words<T>(keys), d, a.Dv, p + r * KEYS, o + r * o_row, o_row, factor ? factor + r : nullptr);
+      r += n;
+    };
+    if (rows - r >= 4)
+      run(stream_tile<T, 4, LEVEL_VECS>, 4, COLS<acc_t<T>>);
+    else if (rows - r >= 2)
+      run(stream_tile<T, 2, LEVEL_VECS>, 2, COLS<acc_t<T>>);
+    else  // long pieces of rows: this is where memory is the limit
+      run(stream_tile<T, 1, 2 * LEVEL_VECS>, 1, 2 * COLS<acc_t<T>>);
+  }
+}

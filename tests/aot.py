@@ -62,7 +62,8 @@ def compiling_for(target):
 def usage(kernel, folder):
     """Registers a thread, bytes a thread that did not fit into them, bytes of shared memory: "registers", "spilled", "shared"."""
     if "amdgcn" in kernel.asm:
-        found = {name: int(n) for name, n in re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)", kernel.asm["amdgcn"])}
+        names = r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size): +(\d+)"
+        found = {name: int(n) for name, n in re.findall(names, kernel.asm["amdgcn"])}
         registers, spilled = found["vgpr_count"], found["private_segment_fixed_size"] + found["vgpr_spill_count"]
     else:
         cubin = folder / f"{kernel.metadata.name}.cubin"

@@ -27,11 +27,11 @@ gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
 SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; tiles are 16 to 128 long
     "one-token": (1, 1, 1, 1, 1, 16, 16),
-    "ragged-tail": (1, 2, 2, 150, 150, 64, 64),  # whole tiles and an edge
-    "decoding": (2, 4, 2, 3, 300, 64, 64),  # one tile for the queries of the two heads that share a key head
+    "ragged-tail": (1, 1, 1, 150, 150, 64, 64),  # whole tiles and an edge
+    "decoding": (1, 4, 2, 3, 200, 64, 64),  # one tile for the queries of the two heads that share a key head
     "more-keys": (1, 1, 1, 70, 200, 40, 96),  # two widths each: 32 + 16 (half of it padding) and 64 + 32
     "more-queries": (1, 1, 1, 200, 70, 96, 24),  # causal: the first 130 queries see nothing, some tiles of them whole
-    "grouped": (1, 6, 2, 33, 50, 80, 80),  # three heads share each key head
+    "grouped": (1, 3, 1, 33, 50, 80, 80),  # three heads share a key head
     "odd-dims": (2, 1, 1, 65, 65, 33, 17),
     "thinnest": (2, 2, 2, 49, 1, 1, 1),
     "no-queries": (1, 1, 1, 0, 5, 8, 8),
@@ -117,7 +117,7 @@ def test_band(left, right):
 
 VARLEN = {  # queries and keys of each sequence
     "one": ([70], [90]),
-    "many": ([33, 1, 90, 17], [33, 40, 90, 16]),
+    "many": ([33, 1, 70, 17], [33, 40, 70, 16]),
     "empty": ([0, 20, 0, 30, 5, 0], [7, 20, 0, 0, 5, 0]),  # of queries, of keys, of both
     "nothing": ([0, 0], [0, 0]),
     "decoding": ([1, 3, 0, 2], [100, 300, 20, 3]),
@@ -132,8 +132,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("lengths", VARLEN.values(), ids=VARLEN)
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, dtype", [(name, DTYPES[i % len(DTYPES)]) for i, name in enumerate(PACKED)], ids=str)
 def test_varlen(lengths, name, dtype, monkeypatch):
     monkeypatch.setattr(_triton, "SPLIT_KEYS", 64)
     q, k, v = make(1, 4, 2, sum(lengths[0]), sum(lengths[1]), 24, 40, dtype)
@@ -142,34 +141,39 @@ def test_varlen(lengths, name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["full", "causal", "kv-lens-causal", "window-causal", "padded", "sinks", "bias-of-heads", "combined"])
-@pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries, dtype", list(zip([1, 5, 1], DTYPES, strict=False)), ids=str)
 def test_decoding_in_parts(name, queries, dtype, monkeypatch):
     monkeypatch.setattr(_triton, "SPLIT_KEYS", 64)
-    q, k, v = make(2, 6, 2, queries, 400, 48, 32, dtype)
+    q, k, v = make(2, 4, 2, queries, 260, 48, 32, dtype)
     check(q, k, v, cases.options(name, q, k))
 
 
-def test_wrong_lengths_read_nothing_out_of_bounds():
-    """The kernels assert them too, which the interpreter takes for an error, and which would end a device's process."""
-    if not INTERPRETED:
-        pytest.skip("a failed device assert is the end of the process")
-    q, k, v = make(2, 1, 1, 5, 9, 16, 16)
-    for wrong in ([3, 10], [-1, 4]):
-        with pytest.raises(Exception, match="kv_lens out of range"):
-            _triton.fwd(q, k, v, *Options(kv_lens=torch.tensor(wrong, dtype=torch.int32)))
-    for wrong in ([0, 3, 11], [0, -1, 5], [1, 3, 5], [0, 3, 4]):
-        with pytest.raises(Exception, match="cu_seqlens"):
-            lengths = dict(cu_seqlens_q=torch.tensor(wrong, dtype=torch.int32), cu_seqlens_k=packed([4, 5]), max_seqlen_q=5, max_seqlen_k=5)
-            _triton.fwd(*(t[:1] for t in (q, k, v)), *Options(**lengths))
+@pytest.mark.skipif(not INTERPRETED, reason="a failed device assert is the end of the process")
+def test_wrong_lengths_read_nothing_out_of_bounds(monkeypatch):
+    """What the kernels assert on a device, which test_aot.py looks for, and the interpreter does not."""
+    q, k, v = (torch.cat([t, torch.full_like(t, math.nan)], 2)[:, :, : t.shape[2]] for t in make(1, 1, 1, 5, 9, 16, 16))
+    int32 = lambda *n: torch.tensor(n, dtype=torch.int32)  # noqa: E731
+    packed_as = [(int32(0, 7), int32(0, 9)), (int32(0, 5), int32(-3, 12)), (int32(2, 9), int32(8, 20)), (int32(4, 1), int32(9, 0))]
+    wrong = [dict(kv_lens=int32(n)) for n in (10, 16, -1)]
+    wrong += [dict(cu_seqlens_q=a, cu_seqlens_k=b, max_seqlen_q=20, max_seqlen_k=20) for a, b in packed_as]
+    monkeypatch.setattr(_triton, "like", lambda q, Dv: torch.zeros_like(q))  # what is not written is 0
+    monkeypatch.setattr(_triton, "lse_like", lambda q: q.new_zeros(q.shape[:3]))
+    monkeypatch.setattr(_triton, "grads_like", lambda q, k, v, *_: (*(torch.zeros_like(t) for t in (q, k, v)), None, None))
+    for x in (Options(**lengths) for lengths in wrong):
+        o, lse = _triton.fwd(q, k, v, *x)
+        grads = _triton.bwd(torch.ones_like(o), None, q, k, v, o, lse, *x, False)[:3]
+        assert not any(t.isnan().any() for t in (o, lse, *grads))
 
 
 def test_mask_of_any_stride():
     q, k, v = make(2, 1, 1, 40, 50, 16, 16, torch.float16)
     key_mask, mask, bias = holes(2, 50), torch.rand(2, 1, 40, 50) > 0.5, torch.randn(1, 1, 40, 50)
     expected = _triton.fwd(*move((q, k, v), DEVICE), *move(Options(key_mask=key_mask, mask=mask, bias=bias), DEVICE))[0]
-    loose = [torch.zeros(*t.shape[::-1], 2, dtype=t.dtype, device=DEVICE)[..., 0].permute(*reversed(range(t.dim()))).copy_(t) for t in (key_mask, mask, bias)]
-    x = Options(**dict(zip(("key_mask", "mask", "bias"), loose, strict=True)))
+
+    def loosen(t):
+        return torch.zeros(*t.shape[::-1], 2, dtype=t.dtype, device=DEVICE)[..., 0].permute(*reversed(range(t.dim()))).copy_(t)
+
+    x = Options(key_mask=loosen(key_mask), mask=loosen(mask), bias=loosen(bias))
     assert torch.equal(_triton.fwd(*move((q, k, v), DEVICE), *x)[0], expected)
 
 
@@ -198,7 +202,8 @@ def test_fuzz(data):
     else:
         x |= dict(
             key_mask=maybe(lambda: holes(B, N)), kv_lens=maybe(lambda: torch.randint(0, N + 1, (B,), dtype=torch.int32)),
-            mask=maybe(lambda: torch.rand(any_shape()) > 0.3), bias=maybe(lambda: torch.randn(any_shape()).to(draw(st.sampled_from([dtype, torch.float32])))),
+            mask=maybe(lambda: torch.rand(any_shape()) > 0.3),
+            bias=maybe(lambda: torch.randn(any_shape()).to(draw(st.sampled_from([dtype, torch.float32])))),
         )  # fmt: skip
     layout, step = draw(st.permutations(range(4))), draw(st.integers(1, 2))
 
@@ -243,8 +248,8 @@ def test_tiles_fit_together(arch, monkeypatch):
 
 
 def test_same_bits_every_time():
-    H, M, N, D = (2, 40, 70, 24) if INTERPRETED else (8, 500, 700, 128)
-    for dtype in DTYPES:
+    H, M, N, D = (2, 20, 40, 24) if INTERPRETED else (8, 500, 700, 128)
+    for dtype in DTYPES[1:] if INTERPRETED else DTYPES:
         for queries in (M, 1):
             q, k, v = make(2, H, 2, queries, N, D, D, dtype)
             q, k, v, x = *move((q, k, v), DEVICE), move(cases.options("combined", q, k), DEVICE)

@@ -16,11 +16,19 @@ PATH = Path(__file__).with_name("_ops.so")
 BUILD = "python -m minkernels build"
 
 
-def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: str, cuda: str, flops: Callable | None = None):
-    """Registers minkernels::name and returns it. cpu and cuda name a "module:function" that is imported at the first call."""
+def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: str | None, cuda: str, flops: Callable | None = None):
+    """Registers minkernels::name and returns it. cpu and cuda name a "module:function" that is imported at the first call; cpu is
+    None where the C++ library, once loaded, registers the operator itself: calls so small that Python would take most of the time."""
     _LIB.define(name + schema)
-    _LIB.impl(name, reference, "CompositeExplicitAutograd")  # every device that has no kernel of its own
-    _LIB.impl(name, _first_call(lambda: _resolve(cpu) if cpp() else reference), "CPU")
+
+    def other(*args):  # every device that has no kernel of its own; the CPU until the library is loaded
+        if cpu is None and args[0].device.type == "cpu" and cpp():
+            return getattr(torch.ops.minkernels, name).default(*args)
+        return reference(*args)
+
+    _LIB.impl(name, other, "CompositeExplicitAutograd")
+    if cpu is not None:
+        _LIB.impl(name, _first_call(lambda: _resolve(cpu) if cpp() else reference), "CPU")
     _LIB.impl(name, _first_call(lambda: _resolve(cuda)), "CUDA")
     torch.library.register_fake(f"minkernels::{name}", fake, lib=_LIB)
     op = getattr(torch.ops.minkernels, name)
@@ -71,8 +79,11 @@ def cpp() -> bool:
     """Whether the C++ library is loaded; warns once where it was never built, raises where it is broken."""
     reason = cpp_missing()
     if reason:
-        warnings.warn(f"minkernels: {reason}; CPU tensors take the slow reference road. To build it: {BUILD}", stacklevel=2)
+        _warn(f"minkernels: {reason}; CPU tensors take the slow reference road. To build it: {BUILD}")
     return not reason
+
+
+_warn = functools.cache(functools.partial(warnings.warn, stacklevel=2))  # once, from whatever line
 
 
 @functools.cache

@@ -161,19 +161,30 @@ static bool run(Attention& a, const Options& x, bool backward) {
   return true;
 }
 
-// Both return false, and have done nothing, if the lengths are impossible: Python says which.
-static bool attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens, Maybe mask,
-                          Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed, std::optional<int64_t> left, std::optional<int64_t> right,
-                          bool top_left, double scale, double softcap, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                          Tensor o, Tensor lse) {
-  Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
-            left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
-  Attention a = arguments(q, k, v, o, lse, x);
-  advise_huge_pages(a.o.data, o.numel() * o.element_size());
-  return run(a, x, false);
+// As like() and lse_like() of attention/_options.py.
+static Tensor empty_like_q(const Tensor& q, int64_t Dv) {
+  if (Dv == q.size(3)) return torch::stable::empty_like(q);
+  if (q.stride(1) < q.stride(2)) return torch::stable::transpose(torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), Dv}), 1, 2);
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), Dv});
+}
+static Tensor empty_lse(const Tensor& q) {
+  using torch::headeronly::ScalarType;
+  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, q.element_size() >= 4 ? ScalarType::Double : ScalarType::Float);
 }
 
-static bool attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Maybe bias, Maybe sinks,
+static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens, Maybe mask,
+                          Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed, std::optional<int64_t> left, std::optional<int64_t> right,
+                          bool top_left, double scale, double softcap, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+  Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
+            left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
+  Tensor o = empty_like_q(q, v.size(3)), lse = empty_lse(q);
+  Attention a = arguments(q, k, v, o, lse, x);
+  advise_huge_pages(a.o.data, o.numel() * o.element_size());
+  STD_TORCH_CHECK(run(a, x, false), "kv_lens or cu_seqlens do not fit the tensors");  // check_lengths() says why
+  return {o, lse};
+}
+
+static void attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Maybe bias, Maybe sinks,
                           Maybe key_mask, Maybe kv_lens, Maybe mask, Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed,
                           std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, double scale, double softcap,
                           double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k, Tensor dq, Tensor dk, Tensor dv, Maybe dbias) {
@@ -184,7 +195,7 @@ static bool attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v,
   if (dlse) a.dlse = (const char*)dlse->data_ptr();
   if (dbias) a.every_b = dbias->size(0) == 1 && a.B > 1, a.every_h = dbias->size(1) == 1 && a.Hkv > 1;
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());
-  return run(a, x, true);
+  STD_TORCH_CHECK(run(a, x, true), "kv_lens or cu_seqlens do not fit the tensors");
 }
 
 }  // namespace minkernels
@@ -194,11 +205,10 @@ static bool attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v,
   "Tensor? seed, int? left, int? right, bool top_left, float scale, float softcap, float dropout_p, int max_seqlen_q, int max_seqlen_k, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def("_attention_fwd(Tensor q, Tensor k, Tensor v, " OPTIONS "Tensor(a!) o, Tensor(b!) lse) -> bool");
   m.def("_attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, " OPTIONS
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> bool");
+        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
-  m.impl("_attention_fwd", TORCH_BOX(&minkernels::attention_fwd));
+  m.impl("attention_fwd", TORCH_BOX(&minkernels::attention_fwd));
   m.impl("_attention_bwd", TORCH_BOX(&minkernels::attention_bwd));
 }

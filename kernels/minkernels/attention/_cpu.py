@@ -2,17 +2,10 @@
 
 import torch
 
-from minkernels.attention._options import Options, check_lengths, grads_like, like, lse_like, sinks_grad
+from minkernels.attention._options import grads_like, sinks_grad
 
-_fwd = torch.ops.minkernels._attention_fwd.default
+fwd = torch.ops.minkernels.attention_fwd.default  # C++ alone
 _bwd = torch.ops.minkernels._attention_bwd.default
-
-
-def fwd(q, k, v, *options):
-    o, lse = like(q, v.shape[-1]), lse_like(q)
-    if not _fwd(q, k, v, *options, o, lse):
-        _refuse(q, k, options)
-    return o, lse
 
 
 def bwd(do, dlse, q, k, v, o, lse, *options):
@@ -23,16 +16,9 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     if bias_grad:  # where all keys share it, a sum for each query: the kernel's tasks are blocks of keys
         shape = bias.shape if bias.shape[3] != 1 else (*q.shape[:3], 1)
         dbias = torch.zeros(shape, dtype=torch.promote_types(q.dtype, torch.float32))
-    if not _bwd(do, dlse, q, k, v, o, lse, *options, *grads[:3], dbias):
-        _refuse(q, k, options)
+    _bwd(do, dlse, q, k, v, o, lse, *options, *grads[:3], dbias)
     if bias_grad:
         grads[3].copy_(dbias.sum_to_size(bias.shape))
     if sinks is not None:
         grads[4].copy_(sinks_grad(do, o, lse, dlse, sinks))
     return grads
-
-
-def _refuse(q, k, options):
-    x = Options(*options)
-    check_lengths(q, k, x.kv_lens, x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
-    raise AssertionError("the C++ kernel refuses lengths that pass check_lengths()")

@@ -65,13 +65,13 @@ def sinks_grad(do, o, lse, dlse, sinks):
     return -(p * (delta if dlse is None else delta - dlse)).sum((0, 2)).to(sinks.dtype)
 
 
-def check_lengths(q, k, kv_lens, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+def check_lengths(q, k, x):
     """What only the values of these CPU tensors tell."""
-    if kv_lens is not None and kv_lens.numel():
-        low, high = kv_lens.aminmax()
+    if x.kv_lens is not None and x.kv_lens.numel():
+        low, high = x.kv_lens.aminmax()
         if low < 0 or high > k.shape[2]:
             raise ValueError(f"kv_lens must be 0 to N={k.shape[2]}, got {(low if low < 0 else high).item()}")
-    for name, cu, t, longest in (("q", cu_seqlens_q, q, max_seqlen_q), ("k", cu_seqlens_k, k, max_seqlen_k)):
+    for name, cu, t, longest in (("q", x.cu_seqlens_q, q, x.max_seqlen_q), ("k", x.cu_seqlens_k, k, x.max_seqlen_k)):
         if cu is not None:
             lengths = cu.diff()
             if cu[0] != 0 or cu[-1] != t.shape[2] or (lengths < 0).any():

@@ -21,7 +21,7 @@ MOST_PARTS = 128
 DBIAS_PROGRAMS = 256  # enough to fill a GPU
 LOG2E = math.log2(math.e)
 
-TILES = {  # architecture: (kernel, bytes of an element): {head dims up to: (BLOCK_M, BLOCK_N, num_warps, num_stages)}
+TILES = {  # how the architecture's name begins: (kernel, bytes of an element): {head dims up to: (BLOCK_M, BLOCK_N, num_warps, num_stages)}
     "any": {  # within the 99 KB of shared memory that every NVIDIA GPU since sm_80 has
         ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         ("dq", 2): {64: (128, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
@@ -31,7 +31,7 @@ TILES = {  # architecture: (kernel, bytes of an element): {head dims up to: (BLO
         ("fwd", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         ("dq", 4): {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         ("dkdv", 4): {64: (32, 32, 8, 1), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
-        ("dbias", 4): {256: (16, 16, 8, 1)},
+        ("dbias", 4): {64: (16, 16, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
         ("decode", 4): {96: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
     },
     "sm_90": {  # within 227 KB; fp32, which uses no tensor core, is as above
@@ -39,10 +39,12 @@ TILES = {  # architecture: (kernel, bytes of an element): {head dims up to: (BLO
         ("dq", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         ("dkdv", 2): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (64, 32, 8, 2)},
     },
-    "sm_100": {
+    "sm_10": {  # every Blackwell with tcgen05: sm_100, sm_103
         ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("fwd", 4): {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},  # from 64 rows on Triton takes TF32, whatever input_precision says
+        ("dq", 4): {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
     },
-    "gfx942": {  # within 64 KB; four warps of 64 threads may have 512 registers each, eight have 256
+    "gfx": {  # within the 64 KB of gfx942; four warps of 64 threads may have 512 registers each, eight have 256
         ("fwd", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
         ("dq", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
         ("dkdv", 2): {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
@@ -54,7 +56,7 @@ TILES = {  # architecture: (kernel, bytes of an element): {head dims up to: (BLO
 
 def fwd(q, k, v, *options):
     x = Options(*options)
-    (B, H, _, D), (Hkv, _, Dv) = q.shape, v.shape[1:]
+    H, (Hkv, _, Dv) = q.shape[1], v.shape[1:]
     sequences, M, N = _sizes(q, k, x)
     o, lse = like(q, Dv), lse_like(q)
     few = M <= FEW_QUERIES
@@ -89,8 +91,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     sequences, M, N = _sizes(q, k, x)
     dq, dk, dv, dbias, dsinks = grads_like(q, k, v, x.bias, x.sinks, bias_grad)
     shared = bias_grad and x.bias.shape != (*q.shape[:3], k.shape[2])
-    if bias_grad and not shared:
-        dbias.zero_()  # what no query sees is not visited
+    full = dbias.zero_() if bias_grad and not shared else None  # zero: what no query sees is not visited
     config = _config("dq", q, Dv, x)
     tiles, rows = triton.cdiv(M, config["BLOCK_M"]), q.shape[2]
     pad = 0 if x.cu_seqlens_q is None else config["BLOCK_M"]
@@ -101,8 +102,8 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     kept, unit = (lse2, rest, delta), _unit(do, q, k, v)
     with torch.cuda.device_of(q):
         _dq_kernel[(tiles * sequences * H,)](
-            do, None if dlse is None else dlse.contiguous(), q, k, v, o, lse.contiguous(), dq, dbias if bias_grad and not shared else None,
-            *kept, **_tensors(x), **strides, o_strides=o.stride(), dq_strides=dq.stride(), dbias_strides=_shared(dbias if bias_grad else None),
+            do, None if dlse is None else dlse.contiguous(), q, k, v, o, lse.contiguous(), dq, full, *kept,
+            **_tensors(x), **strides, o_strides=o.stride(), dq_strides=dq.stride(), dbias_strides=_shared(full),
             **_extent(q, k, x, H, k, v), **numbers, pad=pad, scale=x.scale, UNIT=unit, **config,
         )  # fmt: skip
         config = _config("dkdv", q, Dv, x)
@@ -189,7 +190,7 @@ def _config(kernel, q, Dv, x):
     """What a kernel is compiled for: tiles from the table, and head dims as tl.dot takes them."""
     DIMS, VDIMS, arch = _dims(q.shape[3]), _dims(Dv), _arch(q.device)
     width = max(sum(DIMS[1:]), sum(VDIMS[1:]))
-    if x.bias is not None or x.mask is not None or x.dropout_p or x.softcap:
+    if kernel != "dbias" and (x.bias is not None or x.mask is not None or x.dropout_p or x.softcap):
         width = 256  # what they load and compute takes registers too
     BLOCK_M, BLOCK_N, num_warps, num_stages = _tiles(arch, kernel, q.element_size(), width)
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
@@ -201,7 +202,8 @@ def _config(kernel, q, Dv, x):
 
 
 def _tiles(arch, kernel, element_size, width):
-    table = TILES.get(arch, {}).get((kernel, element_size)) or TILES["any"][kernel, element_size]
+    family = next((family for family in TILES if arch.startswith(family)), "any")
+    table = TILES[family].get((kernel, element_size)) or TILES["any"][kernel, element_size]
     return next((tiles for widest, tiles in table.items() if width <= widest), table[256])
 
 

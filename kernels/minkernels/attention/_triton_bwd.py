@@ -5,9 +5,27 @@ import triton
 import triton.language as tl
 
 from minkernels.attention._triton_common import (
-    INF, LOG2E, SIZES, add_dot, aligned, at, dot_rows, head, kept, key_bounds, load, load_keys, load_tile, program, scores, sequence,
-    store, times, where_rows, zeros,
-)  # fmt: skip
+    INF,
+    LOG2E,
+    SIZES,
+    add_dot,
+    aligned,
+    at,
+    dot_rows,
+    head,
+    kept,
+    key_bounds,
+    load,
+    load_keys,
+    load_tile,
+    program,
+    scores,
+    sequence,
+    store,
+    times,
+    where_rows,
+    zeros,
+)
 
 
 @triton.jit
@@ -48,7 +66,7 @@ def _dq_kernel(
     b, h = bh // H, bh % H
     hkv = h // (H // Hkv)
     batch, first_m, M, first_n, N = sequence(b, heads // H, KvLens, CuQ, CuK, M, N, rows, cols)
-    if CuQ is not None:
+    if CuQ is not None:  # noqa: SIM102  Triton takes the first for a constant, the second not
         if tile * BLOCK_M >= M:
             return
     Q, DQ = head(Q, batch, h, first_m, q_strides), head(DQ, batch, h, first_m, dq_strides)
@@ -113,7 +131,8 @@ def _dq_kernel(
             if Mask is not None:
                 ds = tl.where(load_tile(Mask + at(offs_m, offs_n, mask_strides), mask_m, mask_n) != 0, ds, 0.0)
             if DBias is not None:
-                tl.store(DBias + at(offs_m, offs_n, dbias_strides), ds.to(DBias.dtype.element_ty), mask=mask_m[:, None] & (offs_n < N)[None, :])
+                mask = mask_m[:, None] & (offs_n < N)[None, :]
+                tl.store(DBias + at(offs_m, offs_n, dbias_strides), ds.to(DBias.dtype.element_ty), mask=mask)
             dq = add_dot(dq, ds * slope, k)
 
     store(DQ, times(dq, scale), offs_m, dq_strides, mask_m, DIMS)
@@ -156,8 +175,8 @@ def _dkdv_kernel(
     dk = zeros(BLOCK_N, DIMS)
     dv = zeros(BLOCK_N, VDIMS)
     off = 0 if TOP_LEFT else N - M
-    start, whole, edge, end = 0, 0, tl.cdiv(M, BLOCK_M), tl.cdiv(M, BLOCK_M)  # tiles: some of these keys from start on, all from whole to edge
-    if right is not None:
+    start, whole, edge, end = 0, 0, tl.cdiv(M, BLOCK_M), tl.cdiv(M, BLOCK_M)  # tiles: none sees these keys outside start .. end, and
+    if right is not None:  # all do from whole to edge
         start = tl.minimum(tl.maximum(tile * BLOCK_N - off - right, 0) // BLOCK_M, end)
         whole = tl.minimum(tl.cdiv(tl.maximum(tile * BLOCK_N + BLOCK_N - 1 - off - right, 0), BLOCK_M), end)
     if left is not None:
@@ -251,13 +270,14 @@ def _dbias_kernel(
             if KeyMask is not None:
                 seen = load_keys(KeyMask + b * key_strides[0], key_strides[1], offs_n, keys)
             hkv, at_stats = h // (H // Hkv), (b * H + h) * stats_stride + offs_m
-            q, k = load(head(Q, b, h, 0, q_strides), offs_m, q_strides, mask_m, DIMS), load(head(K, b, hkv, 0, k_strides), offs_n, k_strides, seen, DIMS)
-            bias = load_tile(head(Bias, b, h, 0, bias_strides) + at(offs_m, offs_n, bias_strides), mask_m, seen).to(tl.float32)
-            s = scores(dot_rows(q, k), scale_log2, cap_log2, bias)[0]
-            rest = None if Rest is None else tl.load(Rest + at_stats, mask=mask_m, other=0.0)[:, None]
-            p = _probs(s, tl.load(LSE2 + at_stats, mask=mask_m, other=2.0**127)[:, None], rest)
             do = load(head(DO, b, h, 0, do_strides), offs_m, do_strides, mask_m, VDIMS)
             dp = dot_rows(do, load(head(V, b, hkv, 0, v_strides), offs_n, v_strides, seen, VDIMS))
+            q = load(head(Q, b, h, 0, q_strides), offs_m, q_strides, mask_m, DIMS)
+            s = dot_rows(q, load(head(K, b, hkv, 0, k_strides), offs_n, k_strides, seen, DIMS))
+            bias = load_tile(head(Bias, b, h, 0, bias_strides) + at(offs_m, offs_n, bias_strides), mask_m, seen).to(tl.float32)
+            s = scores(s, scale_log2, cap_log2, bias)[0]
+            rest = None if Rest is None else tl.load(Rest + at_stats, mask=mask_m, other=0.0)[:, None]
+            p = _probs(s, tl.load(LSE2 + at_stats, mask=mask_m, other=2.0**127)[:, None], rest)
             if Seed is not None:
                 dp = tl.where(kept(Seed, drop, b * H + h, offs_m, n, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
             keep = mask_m[:, None] & seen[None, :]

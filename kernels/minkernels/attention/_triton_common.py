@@ -165,8 +165,8 @@ def add_dot(acc, p, x):
 def _tanh(x):
     """Right in relative terms near 0 too, where 1 - 2 / (exp(2x) + 1) cancels: there Cephes' polynomial for |x| < 0.625."""
     y = x * x
-    small = x + x * y * ((((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y + 1.33314422036e-1) * y - 3.33332819422e-1)
-    return tl.where(tl.abs(x) < 0.625, small, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
+    rest = (((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y + 1.33314422036e-1) * y - 3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, x + x * y * rest, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minkernels._library import apply, define, needs_grad, once_differentiable
 from minkernels.attention import reference
-from minkernels.attention._options import SCHEMA, Options, grads_like, like, lse_like
+from minkernels.attention._options import SCHEMA, Options, check_lengths, grads_like, like, lse_like
 
 MAX_HEAD_DIM = 256
 DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -73,8 +73,8 @@ def attention(
             key_mask, mask = hides if key_mask is None else key_mask & hides, None
     if bias is not None:
         bias = _four(bias, "bias", DTYPES, (B, H, M, N), q)
-    rest = _lower(q, causal, window, softcap, sinks, scale, dropout_p)
-    return _attend(q, k, v, return_lse, rest._replace(bias=bias, key_mask=key_mask, kv_lens=kv_lens, mask=mask))
+    lowered = _lower(q, causal, window, softcap, sinks, scale, dropout_p, bias, key_mask, kv_lens, mask)
+    return _attend(q, k, v, return_lse, lowered)
 
 
 def attention_varlen(
@@ -114,13 +114,8 @@ def attention_varlen(
         if longest < 0:
             raise ValueError(f"max_seqlen_{name} must not be negative, got {longest}")
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    rest = _lower(q, causal, window, softcap, sinks, scale, dropout_p)._replace(
-        cu_seqlens_q=cu_seqlens_q.to(torch.int32),
-        cu_seqlens_k=cu_seqlens_k.to(torch.int32),
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-    )
-    result = _attend(q, k, v, return_lse, rest)
+    packed = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), max_seqlen_q, max_seqlen_k
+    result = _attend(q, k, v, return_lse, _lower(q, causal, window, softcap, sinks, scale, dropout_p, None, None, None, None, *packed))
     return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
 
 
@@ -150,26 +145,33 @@ def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> t
 def _attend(q, k, v, return_lse, options):
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    if needs_grad(q, k, v, options.bias, options.sinks):
-        o, lse = apply(_Attention, q, k, v, *options)
-    else:
-        o, lse = _fwd(q, k, v, *options)
+    try:
+        o, lse = apply(_Attention, q, k, v, *options) if needs_grad(q, k, v, *options[:2]) else _fwd(q, k, v, *options)
+    except RuntimeError:
+        if q.device.type == "cpu":  # C++ can only raise this one
+            check_lengths(q, k, options)
+        raise
     return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o
 
 
-def _lower(q, causal, window, softcap, sinks, scale, dropout_p):
-    """What attention and attention_varlen share: checked, and in the operators' terms."""
-    if not (isinstance(causal, bool) or causal == "top-left"):
+def _lower(
+    q, causal, window, softcap, sinks, scale, dropout_p, bias, key_mask, kv_lens, mask,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0,
+):  # fmt: skip
+    """What attention and attention_varlen share: checked, and everything in the operators' terms."""
+    if causal is not True and causal is not False and causal != "top-left":
         raise ValueError(f'causal must be True, False or "top-left", got {causal!r}')
     left = right = None
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or _is_int(n) for n in window):
             raise TypeError(f"window must be two ints or None, (left, right), got {window!r}")
         left, right = (None if n is None or n < 0 else n for n in window)
-    _check_number("scale", scale)
-    _check_number("softcap", softcap)
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
+    if scale is not None:
+        _check_number("scale", scale)
+    if softcap is not None:
+        _check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
     if dropout_p != 0.0:
         _check_number("dropout_p", dropout_p)
         if not 0 <= dropout_p < 1:
@@ -177,16 +179,13 @@ def _lower(q, causal, window, softcap, sinks, scale, dropout_p):
     if sinks is not None:
         _check_tensor("sinks", sinks, (q.shape[1],), "(H={},)", DTYPES, q)
         sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
+    seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    softcap = 0.0 if softcap is None else float(softcap)
     return Options(
-        sinks=sinks,
-        seed=torch.randint(2**62, (), device=q.device) if dropout_p else None,
-        left=left,
-        right=0 if causal else right,
-        top_left=causal == "top-left",
-        scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        softcap=0.0 if softcap is None else float(softcap),
-        dropout_p=float(dropout_p),
-    )
+        bias, sinks, key_mask, kv_lens, mask, cu_seqlens_q, cu_seqlens_k, seed, left, 0 if causal else right, causal == "top-left",
+        scale, softcap, float(dropout_p), max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
 
 
 def _check_qkv(q, k, v, dims, layout):
@@ -197,22 +196,24 @@ def _check_qkv(q, k, v, dims, layout):
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.dtype != q.dtype or t.device != q.device:
-            raise TypeError(f"{name} is {t.dtype} on {t.device}, but q is {q.dtype} on {q.device}: they must agree")
-    if q.dtype == torch.float64 and q.device.type != "cpu":
-        raise TypeError(f"float64 runs on the CPU only, got q on {q.device}")
-    heads = 1 if dims == 4 else -2
-    D, H, Hkv = q.shape[-1], q.shape[heads], k.shape[heads]
-    if (dims == 4 and k.shape[0] != q.shape[0]) or k.shape[-1] != D:
-        batch = f"B={q.shape[0]}, heads, length" if dims == 4 else "length, heads"
-        raise ValueError(f"k must be ({batch}, D={D}) to fit q {tuple(q.shape)}, got {tuple(k.shape)}")
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(f"v must share all but the head dim with k {tuple(k.shape)}, got {tuple(v.shape)}")
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"q has {H} heads, which is no multiple of the {Hkv} heads of k")
-    for name, t in (("q", q), ("v", v)):
-        if not 1 <= t.shape[-1] <= MAX_HEAD_DIM:
-            raise ValueError(f"the head dim of {name} must be 1 to {MAX_HEAD_DIM}, got {t.shape[-1]}")
+    dtype, device = q.dtype, q.device
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != dtype or t.device != device:
+            raise TypeError(f"{name} is {t.dtype} on {t.device}, but q is {dtype} on {device}: they must agree")
+    if dtype == torch.float64 and device.type != "cpu":
+        raise TypeError(f"float64 runs on the CPU only, got q on {device}")
+    *_, D = q_shape = q.shape
+    *rest, Dv = v.shape
+    k_shape, heads = k.shape, 1 if dims == 4 else -2
+    if k_shape[-1] != D or (dims == 4 and k_shape[0] != q_shape[0]):
+        batch = f"B={q_shape[0]}, heads, length" if dims == 4 else "length, heads"
+        raise ValueError(f"k must be ({batch}, D={D}) to fit q {tuple(q_shape)}, got {tuple(k_shape)}")
+    if rest != [*k_shape[:-1]]:
+        raise ValueError(f"v must share all but the head dim with k {tuple(k_shape)}, got {tuple(v.shape)}")
+    if k_shape[heads] == 0 or q_shape[heads] % k_shape[heads]:
+        raise ValueError(f"q has {q_shape[heads]} heads, which is no multiple of the {k_shape[heads]} heads of k")
+    if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
+        raise ValueError(f"the head dims of q and v must be 1 to {MAX_HEAD_DIM}, got {D} and {Dv}")
 
 
 def _check_tensor(name, t, shape, shown, dtypes, q):
@@ -235,8 +236,6 @@ def _four(t, name, dtypes, full, q):
 
 
 def _check_number(name, x):
-    if x is None:
-        return
     if isinstance(x, bool | Tensor) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {x!r}")
     if not math.isfinite(x):
@@ -266,7 +265,7 @@ _fwd = define(
     f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor o, Tensor lse)",
     fake=lambda q, k, v, *_: (like(q, v.shape[-1]), lse_like(q)),
     reference=reference.fwd,
-    cpu="minkernels.attention._cpu:fwd",
+    cpu=None,
     cuda="minkernels.attention._triton:fwd",
     flops=_fwd_flops,
 )

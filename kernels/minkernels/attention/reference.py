@@ -39,7 +39,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
 
 def _check_values(q, k, x):
     if q.device.type == "cpu":  # elsewhere it would wait for the device
-        check_lengths(q, k, x.kv_lens, x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k)
+        check_lengths(q, k, x)
 
 
 def _places(q, k, x):

@@ -50,12 +50,12 @@ struct Pieces {
 template <class T>
 struct Forward {
   word_t<T>* q;
-  acc_t<T>*s, *o, *m, *l, *top, *shift, *factor;  // the last five: one a row
+  acc_t<T>*s, *o, *l, *m, *top, *shift, *factor;  // the last four: one a row; l: a register a row, to be summed up at the end
   char* end;
   Forward(const Sizes<T>& z, char* scratch) {
     Pieces p{scratch};
     q = p.take<word_t<T>>(QUERIES * z.dw), s = p.take<acc_t<T>>(QUERIES * KEYS), o = p.take<acc_t<T>>(QUERIES * z.dvp);
-    m = p.take<acc_t<T>>(QUERIES), l = p.take<acc_t<T>>(QUERIES), top = p.take<acc_t<T>>(QUERIES);
+    l = p.take<acc_t<T>>(QUERIES * vector<acc_t<T>>::lanes), m = p.take<acc_t<T>>(QUERIES), top = p.take<acc_t<T>>(QUERIES);
     shift = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
     end = p.next;
   }
@@ -85,8 +85,10 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   int64_t dw = words<T>(d), from_row = dw;
   const W* natural = (const W*)scratch;
   const T* start = row_of<T>(x, s.b, h, s.k0 + position(s, first));
-  if (same<T, W> && x.d == 1 && !s.keys && n % COLS<acc_t<T>> == 0)
-    natural = (const W*)start, from_row = x.row;  // already what packing would make of it
+  constexpr int PACK = operand<T>::pack;
+  bool as_words = same<T, W> || (PACK == 2 && d % 2 == 0 && x.row % 2 == 0 && uintptr_t(start) % sizeof(W) == 0);
+  if (as_words && x.d == 1 && !s.keys && n % (panels ? COLS<acc_t<T>> : PACK) == 0)
+    natural = (const W*)start, from_row = x.row / PACK;  // already what packing would make of it
   else
     pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n, COLS<acc_t<T>>);
   if (panels)
@@ -97,7 +99,7 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
     for (int64_t i = 0; i < words<T>(n); i++, rows += rows_width) {
 #if LEVEL_BF16_DOT
       if constexpr (operand<T>::pack == 2)
-        interleave(rows, natural + 2 * i * dw, natural + (2 * i + 1) * dw, d);
+        interleave(rows, natural + 2 * i * from_row, natural + (2 * i + 1) * from_row, d);
       else
 #endif
         __builtin_memcpy(rows, natural + i * from_row, d * sizeof(W));
@@ -174,7 +176,7 @@ INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale,
       }
       pack_scores<T>((word_t<T>*)s, j, x);
     }
-    f.l[i] = f.l[i] * f.factor[i] + lanes_sum(PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]);
+    store(f.l + i * L, load(f.l + i * L) * splat(f.factor[i]) + (PACK == 2 ? sum[0] + sum[PACK - 1] : sum[0]));
   }
 }
 
@@ -201,7 +203,7 @@ template <class T>
 static void write_rows(const Attention& a, const Sizes<T>& z, const Block& block, const Forward<T>& f) {
   using A = acc_t<T>;
   for (int64_t r = 0; r < block.rows; r++) {
-    A l = f.l[r];  // 0: a query that sees no key gives zeros, and lse = -inf
+    A l = lanes_sum(load(f.l + r * vector<A>::lanes));  // 0: a query that sees no key gives zeros, and lse = -inf
     int64_t h = block.head(r), i = block.s.q0 + block.query(r);
     narrow_row(row_of<T>(a.o, block.s.b, h, i), a.o.d, f.o + r * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
     ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] =
@@ -213,7 +215,7 @@ template <class T>
 static void forward_task(const Attention& a, int64_t task, char* scratch) {
   using W = word_t<T>;
   using A = acc_t<T>;
-  constexpr int PACK = operand<T>::pack;
+  constexpr int PACK = operand<T>::pack, L = vector<A>::lanes;
   Sizes<T> z(a);
   Forward<T> f(z, scratch);
   const Block block(a, task / a.splits);
@@ -237,12 +239,12 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
   int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES];
   int64_t begin = s.N, end = 0;
   for (int64_t r = 0; r < QUERIES; r++) {
-    f.m[r] = f.top[r] = -__builtin_inf(), f.l[r] = 0;
+    f.m[r] = f.top[r] = -__builtin_inf(), store(f.l + r * L, vec<A>{});
     if (r >= rows) continue;
     int64_t i = block.query(r);
     from[r] = int32_t(first_key(a, s, i)), to[r] = int32_t(last_key(a, s, i));
     if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
-    if (a.sinks && split == 0) f.m[r] = A(((const A*)a.sinks)[block.head(r)] * LOG2E), f.l[r] = f.m[r] == -__builtin_inf() ? 0 : 1;
+    if (a.sinks && split == 0) f.m[r] = A(((const A*)a.sinks)[block.head(r)] * LOG2E), f.l[r * L] = f.m[r] == -__builtin_inf() ? 0 : 1;
   }
   if (a.splits > 1) {
     int64_t part = round_up((s.N + a.splits - 1) / a.splits, KEYS);
@@ -253,7 +255,7 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
   bool empty = true;
   A multipliers[KEYS + 64];
   for (int64_t j0 = begin; j0 < end; j0 += KEYS) {
-    int64_t keys = min(end - j0, KEYS), n = round_up(keys, vector<A>::lanes * PACK);
+    int64_t keys = min(end - j0, KEYS), n = round_up(keys, L * PACK);
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
     if (a.stream)
       stream_scores<T>(a, s, block.kv_head, j0, keys, f.q, z.dw, rows, f.s);
@@ -283,7 +285,7 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
   if (a.splits == 1) return write_rows(a, z, block, f);
   Partial<T> part(a, z, task);
   __builtin_memcpy(part.o, f.o, rows * z.dvp * sizeof(A));
-  __builtin_memcpy(part.m, f.m, QUERIES * sizeof(A)), __builtin_memcpy(part.l, f.l, QUERIES * sizeof(A));
+  for (int64_t r = 0; r < rows; r++) part.m[r] = f.m[r], part.l[r] = lanes_sum(load(f.l + r * L));
 }
 
 // The splits of a block, in the order of their keys.
@@ -302,13 +304,13 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
     }
     A* o = f.o + r * z.dvp;
     __builtin_memset(o, 0, z.dvp * sizeof(A));
-    f.m[r] = top, f.l[r] = 0;
+    f.m[r] = top, store(f.l + r * L, vec<A>{});
     for (int64_t split = 0; split < a.splits; split++) {
       Partial<T> part(a, z, task * a.splits + split);
       if (part.l[r] == 0) continue;
       A by[L];
       store(by, exp2(splat(part.m[r] - top)));
-      f.l[r] += part.l[r] * by[0];
+      f.l[r * L] += part.l[r] * by[0];
       for (int64_t d = 0; d < z.dvp; d += L) store(o + d, load(o + d) + load(part.o + r * z.dvp + d) * splat(by[0]));
     }
   }

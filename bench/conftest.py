@@ -1,6 +1,6 @@
 """The `timed` fixture: pytest-benchmark rows whose samples were taken in turn with those of the rows they are compared with.
 
-A bench function takes `timed`, `case` (from its module's CASES: one list each for "cpu", "cuda" and "tiny") and `impl` (a
+A bench function takes `timed`, `case` (from its own cases or its module's CASES: a list each for "cpu", "cuda", "tiny") and `impl` (a
 name in its module's IMPLS, and in CUDA_IMPLS, COMPILED and COMPILED_SLOWLY where they apply), in that order of nesting. The
 first row of a case measures every implementation of it that was selected, in turn (bench/timing.py); each row then replays
 its own samples into pytest-benchmark through a clock that stands still but for them. So --benchmark-json, -compare and
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc):
     if "case" in metafunc.fixturenames:
         module, config = metafunc.module, metafunc.config
         device = config.getoption("device")
-        cases = module.CASES["tiny" if config.getoption("tiny") else device]
+        cases = getattr(metafunc.function, "cases", module.CASES)["tiny" if config.getoption("tiny") else device]
         tables = ["IMPLS"] + ["CUDA_IMPLS"] * (device == "cuda")
         tables += {"none": [], "some": ["COMPILED"], "all": ["COMPILED", "COMPILED_SLOWLY"]}[config.getoption("compile")]
         impls = [name for table in tables for name in getattr(module, table, ())]

@@ -62,13 +62,14 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("attention-fwd", ["bench/bench_attention.py::bench_fwd"], 40, 120),
         bench("cross-entropy", ["bench/bench_cross_entropy.py"], 30, 90),
         bench("attention-fwd-bwd", ["bench/bench_attention.py::bench_fwd_bwd"], 40, 150),
+        bench("attention-decode", ["bench/bench_attention.py::bench_decode"], 20, 30),
         bench("mingpt", ["bench/bench_mingpt.py"], 30, 60),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry_run:
         few = ["tests/test_attention.py", "tests/test_cross_entropy.py", "-k", "one-token or ragged", *TESTS]
         no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor ends where its allocation ends
-        steps.insert(5, Step("sanitizer", [sanitizer, "--error-exitcode", "99", *pytest, *few], 60, 120, no_cache))
+        steps.insert(6, Step("sanitizer", [sanitizer, "--error-exitcode", "99", *pytest, *few], 60, 120, no_cache))
     if not dry_run:
         rows = ["bench/bench_attention.py", "-k", "4096"]
         steps.append(bench("attention-compiled", rows, 60, 180, "--compile=all"))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +279,20 @@ def test_window_is_drawn_right(library):
             left, right = (10**6 if w is None or w < 0 else w for w in window)
             seen = j < n and at - left <= j <= at + (min(right, 0) if causal else right)
             assert (p[b, 0, i, j] > 0) == seen, (window, causal, b, i, j)
+
+
+def test_the_masks_in_the_docs(library):
+    """Each picture of docs/attention.md against the call above it."""
+    page = (Path(__file__).parents[1] / "docs/attention.md").read_text()
+    pictures = re.findall(r"```text\n(.+)\n([■·\n]+)```", page)
+    assert len(pictures) == page.count("```text") >= 9
+    for call, picture in pictures:
+        drawn = torch.tensor([[cell == "■" for cell in row] for row in picture.split()])
+        (M, N), packs = drawn.shape, "varlen" in call
+        names = dict(q=torch.randn(1, 1, M, 4), k=torch.randn(1, 1, N, 4), v=torch.eye(N)[None, None])
+        names = {name: t[0].transpose(0, 1) if packs else t for name, t in names.items()}
+        p = eval(call, globals() | names | {"cu": torch.tensor})
+        assert torch.equal(p.reshape(M, N) > 0, drawn), call
 
 
 def test_packed_is_one_by_one(library):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minkernels._library import define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable
 from minkernels.cross_entropy import reference
 
 REDUCTIONS = "none", "mean", "sum"
@@ -28,7 +28,7 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     _check(input, target, ignore_index, reduction)
     if not needs_grad(input):
         return _fwd(input, target, ignore_index, reduction, False)[0]
-    return _CrossEntropy.apply(input, target, ignore_index, reduction, reduction != "none" and _grad_early(input))[0]
+    return apply(_CrossEntropy, input, target, ignore_index, reduction, reduction != "none" and _grad_early(input))[0]
 
 
 def _check(input, target, ignore_index, reduction):

@@ -60,19 +60,8 @@ def attention(
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
     _check_qkv(q, k, v, 4, "(batch, heads, length, head dim)")
-    (B, H, M), N = q.shape[:3], k.shape[2]
-    if key_mask is not None:
-        _check_tensor("key_mask", key_mask, (B, N), "(B={}, N={})", (torch.bool,), q)
-    if kv_lens is not None:
-        _check_tensor("kv_lens", kv_lens, (B,), "(B={},)", (torch.int32, torch.int64), q)
-        kv_lens = kv_lens.to(torch.int32)
-    if mask is not None:
-        mask = _four(mask, "mask", (torch.bool,), (B, H, M, N), q)
-        if mask.shape[1:3] == (1, 1):  # nothing but keys: those hidden are skipped, not computed and masked
-            hides = mask[:, 0, 0].expand(B, N)
-            key_mask, mask = hides if key_mask is None else key_mask & hides, None
-    if bias is not None:
-        bias = _four(bias, "bias", DTYPES, (B, H, M, N), q)
+    if key_mask is not None or kv_lens is not None or mask is not None or bias is not None:
+        bias, key_mask, kv_lens, mask = _lower_masks(q, k, bias, key_mask, kv_lens, mask)
     lowered = _lower(q, causal, window, softcap, sinks, scale, dropout_p, bias, key_mask, kv_lens, mask)
     return _attend(q, k, v, return_lse, lowered)
 
@@ -186,6 +175,23 @@ def _lower(
         bias, sinks, key_mask, kv_lens, mask, cu_seqlens_q, cu_seqlens_k, seed, left, 0 if causal else right, causal == "top-left",
         scale, softcap, float(dropout_p), max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
+
+
+def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
+    (B, H, M), N = q.shape[:3], k.shape[2]
+    if key_mask is not None:
+        _check_tensor("key_mask", key_mask, (B, N), "(B={}, N={})", (torch.bool,), q)
+    if kv_lens is not None:
+        _check_tensor("kv_lens", kv_lens, (B,), "(B={},)", (torch.int32, torch.int64), q)
+        kv_lens = kv_lens.to(torch.int32)
+    if mask is not None:
+        mask = _four(mask, "mask", (torch.bool,), (B, H, M, N), q)
+        if mask.shape[1:3] == (1, 1):  # nothing but keys: those hidden are skipped, not computed and masked
+            hides = mask[:, 0, 0].expand(B, N)
+            key_mask, mask = hides if key_mask is None else key_mask & hides, None
+    if bias is not None:
+        bias = _four(bias, "bias", DTYPES, (B, H, M, N), q)
+    return bias, key_mask, kv_lens, mask
 
 
 def _check_qkv(q, k, v, dims, layout):

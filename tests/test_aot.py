@@ -55,7 +55,7 @@ def test_attention(target, dims, dtype, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dims", DIMS if EVERY else DIMS[1:2], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("heads", [2, 64] if EVERY else [2])
 def test_attention_decoding(target, dims, dtype, heads, monkeypatch, tmp_path):
@@ -67,7 +67,7 @@ def test_attention_decoding(target, dims, dtype, heads, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)] + [(256, 256)] * EVERY, ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16] + [torch.float32] * EVERY, ids=str)
 def test_attention_options(target, dims, dtype, monkeypatch, tmp_path):
     """What a tile has more to load and to compute: a bias that the batch shares, dropout, a window, lengths."""
     options = dict(

@@ -55,12 +55,12 @@ def check(q, k, v, x, **more):
     cases.check(_triton.fwd, _triton.bwd, q, k, v, x, device=DEVICE, **more)
 
 
-CASES = {  # interpreted, each shape and each option meets both dtypes, but not each of their pairs
+CASES = {  # interpreted, each shape and each option meets both dtypes, but half of their pairs one, and the others none: see test_fuzz
     f"{dtype}-{name}-{shape}": (dtype, name, sizes)
     for i, (shape, sizes) in enumerate(SHAPES.items())
     for j, name in enumerate(OPTIONS)
     for n, dtype in enumerate(DTYPES)
-    if not INTERPRETED or (i + j + n) % 2
+    if not INTERPRETED or (i + j + 2 * n) % 4 == 0
 }
 
 
@@ -140,7 +140,7 @@ def test_varlen(lengths, name, dtype, monkeypatch):
     check(q, k, v, Options(cu_seqlens_q=packed(lengths[0]), cu_seqlens_k=packed(lengths[1]), **longest, **PACKED[name], scale=0.2))
 
 
-@pytest.mark.parametrize("name", ["full", "causal", "kv-lens-causal", "window-causal", "padded", "sinks", "bias-of-heads", "combined"])
+@pytest.mark.parametrize("name", ["full", "causal", "kv-lens-causal", "window-causal", "padded", "sinks", "combined"])
 @pytest.mark.parametrize("queries, dtype", list(zip([1, 5, 1], DTYPES, strict=False)), ids=str)
 def test_decoding_in_parts(name, queries, dtype, monkeypatch):
     monkeypatch.setattr(_triton, "SPLIT_KEYS", 64)

@@ -191,7 +191,9 @@ def _dkdv_kernel(
     if KvLens is not None:
         turns = tl.where(tile * BLOCK_N < N, turns, 0)
     for EDGE in tl.static_range(1 if left is None and right is None else 2):
-        count = (end - start) - (edge - whole) if EDGE else edge - whole
+        count = edge - whole
+        if EDGE:
+            count = whole - start if left is None else (end - start) - (edge - whole)
         for i in range(turns * count):  # heads and tiles in one loop: two nested ones cost registers
             g, turn = tl.cast(i // count, tl.int64), i % count
             if EDGE:

@@ -79,7 +79,7 @@ Workspace::Workspace(size_t bytes) {
   }
 }
 Workspace::~Workspace() {
-  if (size_ <= 64 << 20) spare = std::move(memory_), spare_size = size_;
+  if (size_ <= 128 << 20) spare = std::move(memory_), spare_size = size_;
 }
 
 static std::string cpu_features() {

@@ -33,7 +33,7 @@ Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pa
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
-  ~Workspace();  // keeps up to 64 MB for the next call
+  ~Workspace();  // keeps up to 128 MB for the next call
   char* get() const { return memory_.get(); }
 
  private:

@@ -172,9 +172,10 @@ static Tensor empty_lse(const Tensor& q) {
   return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, q.element_size() >= 4 ? ScalarType::Double : ScalarType::Float);
 }
 
-static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens, Maybe mask,
-                          Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed, std::optional<int64_t> left, std::optional<int64_t> right,
-                          bool top_left, double scale, double softcap, double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k) {
+static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens,
+                                                Maybe mask, Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed, std::optional<int64_t> left,
+                                                std::optional<int64_t> right, bool top_left, double scale, double softcap, double dropout_p,
+                                                int64_t max_seqlen_q, int64_t max_seqlen_k) {
   Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
             left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
   Tensor o = empty_like_q(q, v.size(3)), lse = empty_lse(q);
@@ -200,8 +201,8 @@ static void attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v,
 
 }  // namespace minkernels
 
-#define OPTIONS                                                                                                                   \
-  "Tensor? bias, Tensor? sinks, Tensor? key_mask, Tensor? kv_lens, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "    \
+#define OPTIONS                                                                                                                \
+  "Tensor? bias, Tensor? sinks, Tensor? key_mask, Tensor? kv_lens, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
   "Tensor? seed, int? left, int? right, bool top_left, float scale, float softcap, float dropout_p, int max_seqlen_q, int max_seqlen_k, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {

@@ -4,7 +4,7 @@
 
 namespace minkernels {
 
-constexpr int64_t PACKED_KEYS = 128;   // packed keys, and queries, of a sequence are rounded up to
+constexpr int64_t PACKED_KEYS = 128;  // packed keys, and queries, of a sequence are rounded up to
 constexpr int64_t PACKED_QUERIES = 6;
 
 struct View {  // a 4-D tensor; strides in elements, 0 where the tensor is broadcast
@@ -12,16 +12,14 @@ struct View {  // a 4-D tensor; strides in elements, 0 where the tensor is broad
   int64_t b = 0, h = 0, row = 0, d = 0;
 };
 
-struct Sequence {        // an entry of the batch, or one of the sequences that lie end to end
-  int64_t b, q0, k0;     // where it starts in q and o, and in k and v
-  int64_t M, N;          // its queries and keys
-  int64_t rows;          // N, and the rows of k after it that belong to nobody
-  int64_t off;           // query i is aligned with key i + off
-  int64_t slots;         // packed keys, transposed queries and turns of the sequences before it, for one head
-  int64_t q_slots;       //
-  int64_t turns;         //
-  const int32_t* keys;   // (N): positions of the keys that somebody may see, ascending; null: all
-  const int32_t* count;  // (N + 1): how many of them lie before position j
+struct Sequence {                 // an entry of the batch, or one of the sequences that lie end to end
+  int64_t b, q0, k0;              // where it starts in q and o, and in k and v
+  int64_t M, N;                   // its queries and keys
+  int64_t rows;                   // N, and the rows of k after it that belong to nobody
+  int64_t off;                    // query i is aligned with key i + off
+  int64_t slots, q_slots, turns;  // packed keys, transposed queries and turns of the sequences before it, for one head
+  const int32_t* keys;            // (N): positions of the keys that somebody may see, ascending; null: all
+  const int32_t* count;           // (N + 1): how many of them lie before position j
 };
 
 struct Item {  // of work
@@ -29,11 +27,11 @@ struct Item {  // of work
 };
 
 struct Attention {
-  View q, k, v, o;        // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
-  View dout, dq, dk, dv;  // backward alone
-  View bias, mask;        // (B, H, M, N): any float dtype; bool
-  View dbias;             // of bias' shape, in the dtype of the arithmetic; or (B, H, M, 1) where that has one key
-  char* lse = nullptr;    // (B, H, M), contiguous; float for 16-bit tensors, else double
+  View q, k, v, o;                               // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
+  View dout, dq, dk, dv;                         // backward alone
+  View bias, mask;                               // (B, H, M, N): any float dtype; bool
+  View dbias;                                    // of bias' shape, in the dtype of the arithmetic; or (B, H, M, 1) where that has one key
+  char* lse = nullptr;                           // (B, H, M), contiguous; float for 16-bit tensors, else double
   const char *sinks = nullptr, *dlse = nullptr;  // (H,), (B, H, M) of the dtype of lse; contiguous
   int64_t B, H, Hkv, M, N, D, Dv;
   double flops = 0;
@@ -43,14 +41,14 @@ struct Attention {
   Dtype dtype, bias_dtype;
 
   const Sequence* sequences = nullptr;
-  int64_t count = 0, longest = 0;                // sequences, and the most queries of one
+  int64_t count = 0, longest = 0;                 // sequences, and the most queries of one
   int64_t slots = 0, q_slots = 0, all_turns = 0;  // of all of them
-  const Item *chunks, *blocks, *q_blocks;        // what to pack, what to run; backward: the queries to pack
+  const Item *chunks, *blocks, *q_blocks;         // what to pack, what to run; backward: the queries to pack
   int64_t chunk_count = 0, block_count = 0, q_block_count = 0;
 
-  bool fold = false;    // forward: the heads that share keys are rows of one task, query after query
-  bool stream = false;  // forward: keys and values are read where they lie
-  int64_t splits = 1;   // forward: tasks that a block is split over, by keys
+  bool fold = false;                      // forward: the heads that share keys are rows of one task, query after query
+  bool stream = false;                    // forward: keys and values are read where they lie
+  int64_t splits = 1;                     // forward: tasks that a block is split over, by keys
   bool every_b = false, every_h = false;  // backward: a task takes its keys of every batch entry, or head, which share a row of dbias
 
   // Workspace, laid out by the level's plan(): offsets in bytes.

@@ -234,10 +234,11 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
     int64_t h = kv_head * group + g, head = s.b * a.H + h, slot = h * a.q_slots + s.q_slots;
     const W *qt = (W*)(a.work + a.qt) + slot / PACK * z.d6, *dot = (W*)(a.work + a.dot) + slot / PACK * z.dv6;
     for (int64_t iq = 0; iq < blocks; iq++) {
-      int64_t first = iq * BWD_QUERIES, last = min(first + BWD_QUERIES, s.M), begin = first_key(a, s, first), end = last_key(a, s, last - 1);
+      int64_t first = iq * BWD_QUERIES, last = min(first + BWD_QUERIES, s.M), begin = first_key(a, s, first),
+              end = last_key(a, s, last - 1);
       if (begin >= end || end <= j0 || begin >= j0 + BWD_KEYS) continue;
       bool starts = block == begin / BWD_KEYS, ends = end <= j0 + BWD_KEYS;  // the first, the last task that adds to this dq
-      int64_t i0 = first, i1 = last;  // without the rows at both ends that see none of these keys
+      int64_t i0 = first, i1 = last;                                         // without the rows at both ends that see none of these keys
       while (i0 + ROWS < i1 && last_key(a, s, i0 + ROWS - 1) <= j0) i0 += ROWS;
       while (i1 - ROWS > i0 && first_key(a, s, i0 + (i1 - i0 - 1) / ROWS * ROWS) >= j0 + BWD_KEYS) i1 = i0 + (i1 - i0 - 1) / ROWS * ROWS;
       int64_t rows = i1 - i0;
@@ -290,8 +291,7 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
 
   auto give = [&](const View& x, const A* transposed, int64_t d, A factor) {
     transpose(transposed, BWD_KEYS, d, keys, w.back, d);
-    for (int64_t j = 0; j < keys; j++)
-      narrow_row(row_of<T>(x, s.b, kv_head, s.k0 + position(s, j0 + j)), x.d, w.back + j * d, d, factor);
+    for (int64_t j = 0; j < keys; j++) narrow_row(row_of<T>(x, s.b, kv_head, s.k0 + position(s, j0 + j)), x.d, w.back + j * d, d, factor);
   };
   give(a.dk, w.dkt, a.D, A(a.scale));
   give(a.dv, w.dvt, a.Dv, A(1));

@@ -90,7 +90,8 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   if (as_words && x.d == 1 && !s.keys && n % (panels ? COLS<acc_t<T>> : PACK) == 0)
     natural = (const W*)start, from_row = x.row / PACK;  // already what packing would make of it
   else
-    pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n, COLS<acc_t<T>>);
+    pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n,
+                 COLS<acc_t<T>>);
   if (panels)
     for (int64_t j = 0; j < n; j += COLS<acc_t<T>>)
       transpose(natural + j * from_row, from_row, COLS<acc_t<T>>, dw, panels + (first + j) * dw, COLS<acc_t<T>>);
@@ -114,7 +115,8 @@ static void forward_plan(Attention& a) {
   Sizes<T> z(a);
   int64_t group = a.H / a.Hkv, heads = a.fold ? a.Hkv : a.H;
   a.stream = a.longest * group <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1;
-  if (a.block_count * heads < SPLIT_TASKS) a.splits = min((SPLIT_TASKS + a.block_count * heads - 1) / max(1, a.block_count * heads), a.N / SPLIT_KEYS);
+  if (a.block_count * heads < SPLIT_TASKS)
+    a.splits = min((SPLIT_TASKS + a.block_count * heads - 1) / max(1, a.block_count * heads), a.N / SPLIT_KEYS);
   if (a.splits < 1) a.splits = 1;
   Pieces p{nullptr};
   if (!a.stream) a.kt = (int64_t)p.take<W>(a.Hkv * a.slots * z.dw), a.vn = (int64_t)p.take<W>(a.Hkv * a.slots / operand<T>::pack * z.dvp);
@@ -187,8 +189,7 @@ struct Block {
   const Sequence& s;
   int64_t h, kv_head, row0, rows;  // h: the head, or the first
   bool fold;
-  Block(const Attention& a, int64_t task)
-      : s(a.sequences[a.blocks[task / (a.fold ? a.Hkv : a.H)].sequence]), fold(a.fold) {
+  Block(const Attention& a, int64_t task) : s(a.sequences[a.blocks[task / (a.fold ? a.Hkv : a.H)].sequence]), fold(a.fold) {
     int64_t group = a.H / a.Hkv;
     if (fold)
       kv_head = task % a.Hkv, h = kv_head * group, row0 = 0, rows = s.M * group;
@@ -206,8 +207,9 @@ static void write_rows(const Attention& a, const Sizes<T>& z, const Block& block
     A l = lanes_sum(load(f.l + r * vector<A>::lanes));  // 0: a query that sees no key gives zeros, and lse = -inf
     int64_t h = block.head(r), i = block.s.q0 + block.query(r);
     narrow_row(row_of<T>(a.o, block.s.b, h, i), a.o.d, f.o + r * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
-    ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] =
-        lse_t<T>(l > 0 ? (f.m[r] + __builtin_log2(double(l))) * LN2 : l == l ? -__builtin_inf() : l);
+    ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] = lse_t<T>(l > 0    ? (f.m[r] + __builtin_log2(double(l))) * LN2
+                                                                   : l == l ? -__builtin_inf()
+                                                                            : l);
   }
 }
 

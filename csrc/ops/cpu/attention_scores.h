@@ -31,9 +31,7 @@ INLINE int64_t position(const Sequence& s, int64_t packed) { return s.keys ? s.k
 INLINE int64_t seen_before(const Sequence& s, int64_t position) { return s.keys ? s.count[position] : position; }
 
 // Query i sees packed keys first_key() to last_key() - 1, as far as band and lengths tell.
-INLINE int64_t first_key(const Attention& a, const Sequence& s, int64_t i) {
-  return seen_before(s, max(0, min(i + s.off - a.left, s.N)));
-}
+INLINE int64_t first_key(const Attention& a, const Sequence& s, int64_t i) { return seen_before(s, max(0, min(i + s.off - a.left, s.N))); }
 INLINE int64_t last_key(const Attention& a, const Sequence& s, int64_t i) {
   return seen_before(s, max(0, min(i + s.off + a.right + 1, s.N)));
 }
@@ -108,10 +106,12 @@ static bool some_seen(const Attention& a, const Sequence& s, const B& block, int
 
 INLINE void wide_product(u32 x, uint32_t by, u32& high, u32& low) {
 #if LEVEL_BYTES == 64
-  __m512i b = _mm512_set1_epi32(int(by)), even = _mm512_mul_epu32((__m512i)x, b), odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), b);
+  __m512i b = _mm512_set1_epi32(int(by)), even = _mm512_mul_epu32((__m512i)x, b),
+          odd = _mm512_mul_epu32(_mm512_srli_epi64((__m512i)x, 32), b);
   high = (u32)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
 #elif LEVEL_BYTES == 32
-  __m256i b = _mm256_set1_epi32(int(by)), even = _mm256_mul_epu32((__m256i)x, b), odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), b);
+  __m256i b = _mm256_set1_epi32(int(by)), even = _mm256_mul_epu32((__m256i)x, b),
+          odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), b);
   high = (u32)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
 #else
   for (int l = 0; l < vector<uint32_t>::lanes; l++) high[l] = uint32_t(uint64_t(x[l]) * by >> 32);

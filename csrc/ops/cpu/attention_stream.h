@@ -35,8 +35,8 @@ INLINE void stream_keys(const T* const* k, int64_t n, int64_t D, const word_t<T>
 
 // s (rows x keys, KEYS a row) = q k: q, natural rows of q_row words.
 template <class T>
-static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* q, int64_t q_row,
-                          int64_t rows, acc_t<T>* scores) {
+static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* q,
+                          int64_t q_row, int64_t rows, acc_t<T>* scores) {
   using W = word_t<T>;
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
@@ -116,8 +116,8 @@ static void stream_tile(const T* const* values, int64_t steps, int64_t d, int64_
 
 // o (rows x Dv) = [factor *] o + p v: p, words with KEYS to a row.
 template <class T>
-static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p, int64_t rows,
-                          acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
+static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p,
+                          int64_t rows, acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
   const T* values[KEYS + 1];
   for (int64_t j = 0; j < keys; j++) values[j] = row_of<T>(a.v, s.b, kv_head, s.k0 + position(s, j0 + j));
   T zeros[256 + 2 * COLS<acc_t<T>>] = {};

@@ -22,7 +22,8 @@ INLINE vec<A> exp_below(vec<A> x, vec<A> max) {  // e**(x - max)
   return exp2((x - max) * splat(A(1.4426950408889634)));
 }
 
-// max and sum of exp(x - max) over a row, whose last block is left as exp(x - max). Where every logit so far is -inf or NaN, the shift is 0: it gives 0 or NaN, not inf - inf.
+// max and sum of exp(x - max) over a row, whose last block is left as exp(x - max). Where every logit so far is -inf or NaN, the shift is
+// 0: it gives 0 or NaN, not inf - inf.
 template <class T>
 static void row_stats(const CrossEntropy& a, const T* row, Block<acc_t<T>>& block, acc_t<T>& max_out, acc_t<T>& sum_out) {
   using A = acc_t<T>;

@@ -1,8 +1,18 @@
-"""Fused kernels for PyTorch: attention and cross-entropy, on GPUs (Triton) and on CPUs (C++)."""
+"""Fused kernels for PyTorch: attention, cross-entropy and segmentation losses, on GPUs (Triton) and on CPUs (C++)."""
 
 from minkernels._info import info
 from minkernels.attention.ops import attention, attention_varlen, merge_attention
 from minkernels.cross_entropy.ops import cross_entropy
+from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 
 __version__ = "0.1.0"
-__all__ = ["attention", "attention_varlen", "cross_entropy", "info", "merge_attention"]
+__all__ = [
+    "attention",
+    "attention_varlen",
+    "bce_dice_loss",
+    "bce_with_logits",
+    "cross_entropy",
+    "info",
+    "merge_attention",
+    "sigmoid_focal_loss",
+]

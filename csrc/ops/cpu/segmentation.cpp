@@ -1,0 +1,236 @@
+// The BCE, focal and Dice operators on CPU tensors: how elements are visited, blocks shared out, sums finished. The arithmetic is in
+// segmentation_kernel.h. Outputs are allocated above; every tensor of a pointwise loss has the shape of the logits.
+#include "segmentation.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <numeric>
+#include <optional>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "runtime.h"
+
+#define KERNEL "segmentation_kernel.h"
+#include "levels.h"
+
+namespace minkernels {
+
+static constexpr SegmentationKernels (*kernels_at[])(bool) = LEVELS(segmentation_kernels);
+
+static Element element_type(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Half: return Element::f16;
+    case ScalarType::BFloat16: return Element::bf16;
+    case ScalarType::Float: return Element::f32;
+    case ScalarType::Double: return Element::f64;
+    case ScalarType::Bool:
+    case ScalarType::Byte: return Element::u8;
+    case ScalarType::Int: return Element::i32;
+    case ScalarType::Long: return Element::i64;
+    default: throw std::runtime_error("minkernels: a float, bool, uint8, int32 or int64 tensor was expected");
+  }
+}
+
+using Operands = std::vector<std::pair<Operand*, const Tensor*>>;
+
+// Visits the last `dims` dimensions of all tensors, which agree on them, in the order of the first one's memory: those of size 1 are
+// left out, and neighbours become one where every tensor lets them.
+static Walk walk_of(int64_t dims, const Operands& all) {
+  const Tensor& x = *all[0].second;
+  const auto stride = [&](const Tensor& t, int64_t d) { return t.stride(t.dim() - dims + d); };
+  const auto size = [&](int64_t d) { return x.size(x.dim() - dims + d); };
+  std::vector<int64_t> order;
+  Walk walk;
+  for (int64_t d = 0; d < dims; d++) {
+    walk.elements *= size(d);
+    if (size(d) != 1) order.push_back(d);
+  }
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return stride(x, a) > stride(x, b); });
+  walk.dims = 0;
+  for (int64_t d : order) {
+    bool joins = walk.dims > 0;
+    for (auto& [o, t] : all) joins = joins && o->stride[walk.dims - 1] == stride(*t, d) * size(d);
+    walk.dims += !joins;
+    walk.size[walk.dims - 1] = joins ? walk.size[walk.dims - 1] * size(d) : size(d);
+    for (auto& [o, t] : all) o->stride[walk.dims - 1] = stride(*t, d);
+  }
+  walk.dims = std::max(walk.dims, 1);  // one element: size 1, stride 0
+  for (auto& [o, t] : all) o->data = (char*)t->data_ptr(), o->type = element_type(*t);
+  return walk;
+}
+
+static void add(Operands& all, Operand& o, const std::optional<Tensor>& t) {
+  if (t) all.push_back({&o, &*t});
+}
+
+static SegmentationKernels kernels_for(const Tensor& x) { return kernels_at[level()](element_type(x) == Element::f64); }
+
+static void put(const Tensor& t, double value) {
+  if (element_type(t) == Element::f64)
+    *(double*)t.data_ptr() = value;
+  else
+    *(float*)t.data_ptr() = float(value);
+}
+
+static double get(const Tensor& t) { return element_type(t) == Element::f64 ? *(const double*)t.data_ptr() : *(const float*)t.data_ptr(); }
+
+static bool any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
+
+enum class Reduction : int64_t { none, mean, sum };
+
+static Pointwise pointwise(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+                           const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& dloss,
+                           const std::optional<Tensor>& loss, const std::optional<Tensor>& grad) {
+  Pointwise a;
+  Operands all = {{&a.x, &input}, {&a.t, &target}};
+  add(all, a.weight, weight), add(all, a.pos_weight, pos_weight), add(all, a.mask, mask);
+  add(all, a.dloss, dloss), add(all, a.loss, loss), add(all, a.grad, grad);
+  a.walk = walk_of(input.dim(), all);
+  if (grad) advise_huge_pages(a.grad.data, grad->numel() * grad->element_size());
+  if (loss) advise_huge_pages(a.loss.data, loss->numel() * loss->element_size());
+  return a;
+}
+
+static void run_pointwise(const Pointwise& a, const SegmentationKernels& kernels, int64_t tasks) {
+  int which = a.gamma == 0 ? 0 : a.gamma == 1 ? 1 : a.gamma == 2 ? 2 : 3;
+  run_tasks(tasks, 0, [&](int64_t task, char*) { kernels.pointwise[which](a, task); });
+}
+
+// scale: what the gradient of each element is multiplied by. Returns whether an integer target that counts is neither 0 nor 1.
+static int64_t sigmoid_loss_fwd(Tensor input, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+                                std::optional<Tensor> mask, double alpha, double gamma, int64_t reduction, Tensor loss, Tensor scale,
+                                std::optional<Tensor> grad) {
+  bool each = Reduction(reduction) == Reduction::none, mean = Reduction(reduction) == Reduction::mean;
+  Pointwise a = pointwise(input, target, weight, pos_weight, mask, {}, each ? std::optional<Tensor>(loss) : std::nullopt, grad);
+  SegmentationKernels kernels = kernels_for(input);
+  int64_t tasks = (a.walk.elements + TASK - 1) / TASK, count = a.walk.elements;
+  if (mean && mask) {
+    std::vector<int64_t> counts(tasks);
+    run_tasks(tasks, 0, [&](int64_t task, char*) { counts[task] = kernels.count(a, task); });
+    count = std::accumulate(counts.begin(), counts.end(), int64_t(0));
+  }
+  a.alpha = alpha, a.gamma = gamma, a.factor = !mean ? 1.0 : count ? 1.0 / double(count) : 0.0;
+  std::vector<double> sums(tasks);
+  std::vector<char> bad(tasks);
+  a.sums = sums.data(), a.bad = bad.data();
+  run_pointwise(a, kernels, tasks);
+  if (any(bad)) return 1;
+  double sum = std::accumulate(sums.begin(), sums.end(), 0.0);  // in the order of the tasks
+  if (!each) put(loss, mean ? sum / double(count) : sum);
+  put(scale, a.factor);
+  return 0;
+}
+
+static void sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
+                             std::optional<Tensor> mask, Tensor scale, double alpha, double gamma, Tensor grad) {
+  bool each = dloss.dim() == input.dim() && dloss.dim() > 0;
+  Pointwise a = pointwise(input, target, weight, pos_weight, mask, each ? std::optional<Tensor>(dloss) : std::nullopt, {}, grad);
+  a.alpha = alpha, a.gamma = gamma, a.factor = get(scale) * (each ? 1.0 : get(dloss));
+  run_pointwise(a, kernels_for(input), (a.walk.elements + TASK - 1) / TASK);
+}
+
+static Dice dice(const Tensor& input, const Tensor& target, const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& mask,
+                 bool squared, const std::optional<Tensor>& grad) {
+  Dice a;
+  a.N = input.size(0), a.C = input.size(1), a.squared = squared, a.class_map = target.dim() < input.dim();
+  Operands all = {{&a.x, &input}, {&a.t, &target}};
+  add(all, a.mask, mask), add(all, a.grad, grad);
+  a.walk = walk_of(input.dim() - 2, all);
+  for (auto& [o, t] : all) o->image = t->stride(0), o->channel = t->dim() < input.dim() ? 0 : t->stride(1);
+  if (pos_weight) a.pos_weight = (const double*)pos_weight->data_ptr();
+  if (grad) advise_huge_pages(a.grad.data, grad->numel() * grad->element_size());
+  return a;
+}
+
+template <class F>
+static void run_pieces(const Dice& a, F f) {
+  int64_t pieces = a.N * a.pieces_of_an_image(), of_a_piece = std::min(a.walk.elements, TASK) * a.C;
+  int64_t group = std::max<int64_t>(TASK / std::max<int64_t>(of_a_piece, 1), 1);
+  run_tasks((pieces + group - 1) / group, 0, [&](int64_t task, char*) {
+    for (int64_t piece = task * group; piece < std::min((task + 1) * group, pieces); piece++) f(piece);
+  });
+}
+
+// Losses and gradient factors of every entry (image and channel, or channel), from the sums of its pieces, in their order.
+template <class A>
+static void finish_dice(const Dice& a, const std::vector<double>& sums, double bce_weight, double dice_weight, double smooth,
+                        bool per_image, Reduction reduction, A* loss, A* factors) {
+  int64_t pieces = a.pieces_of_an_image(), entries = per_image ? a.N * a.C : a.C;
+  std::vector<double> totals(entries * DICE_SUMS);
+  for (int64_t piece = 0; piece < a.N * pieces; piece++)
+    for (int64_t c = 0; c < a.C; c++)
+      for (int k = 0; k < DICE_SUMS; k++)
+        totals[((per_image ? piece / pieces * a.C : 0) + c) * DICE_SUMS + k] += sums[(piece * a.C + c) * DICE_SUMS + k];
+  double bce = 0, dice = 0, all = 0, elements = 0, present = 0;
+  for (int64_t e = 0; e < entries; e++) elements += totals[e * DICE_SUMS + 3], present += totals[e * DICE_SUMS + 3] > 0;
+  bool mean = reduction == Reduction::mean;
+  for (int64_t e = 0; e < entries; e++) {
+    const double* s = &totals[e * DICE_SUMS];
+    bool counts = s[3] > 0;
+    double above = 2 * s[1] + smooth, below = s[2] + smooth, score = 1 - above / below,
+           own = bce_weight * (s[0] / s[3]) + dice_weight * score;
+    if (counts) bce += s[0], dice += score, all += own;
+    if (reduction == Reduction::none) loss[e] = A(counts ? own : 0);
+    double of_dice = counts ? dice_weight / (mean ? present : 1) : 0;
+    A* f = factors + e * FACTORS;
+    f[0] = A(counts ? bce_weight / (mean ? elements : s[3]) : 0);
+    f[1] = A(counts ? -2 * of_dice / below : 0);
+    f[2] = A(counts ? of_dice * above / below / below * (a.squared ? 2 : 1) : 0);
+  }
+  if (reduction == Reduction::sum) *loss = A(all);
+  if (mean) *loss = A(bce_weight * (bce / elements) + dice_weight * (dice / present));
+}
+
+// Returns whether an integer target that counts is neither 0 nor 1, or names no class.
+static int64_t bce_dice_fwd(Tensor input, Tensor target, std::optional<Tensor> pos_weight, std::optional<Tensor> mask, double bce_weight,
+                            double dice_weight, double smooth, bool squared, bool per_image, int64_t reduction, Tensor loss,
+                            Tensor factors) {
+  Dice a = dice(input, target, pos_weight, mask, squared, {});
+  std::vector<double> sums(a.N * a.pieces_of_an_image() * a.C * DICE_SUMS);
+  std::vector<char> bad(a.N * a.pieces_of_an_image());
+  a.sums = sums.data(), a.bad = bad.data();
+  SegmentationKernels kernels = kernels_for(input);
+  run_pieces(a, [&](int64_t piece) { kernels.dice_sums(a, piece); });
+  if (any(bad)) return 1;
+  const auto finish = [&](auto zero) {
+    using A = decltype(zero);
+    finish_dice(a, sums, bce_weight, dice_weight, smooth, per_image, Reduction(reduction), (A*)loss.data_ptr(), (A*)factors.data_ptr());
+  };
+  element_type(factors) == Element::f64 ? finish(0.0) : finish(0.0f);
+  return 0;
+}
+
+static void bce_dice_bwd(Tensor input, Tensor target, std::optional<Tensor> pos_weight, std::optional<Tensor> mask, Tensor factors,
+                         bool squared, Tensor grad) {
+  Dice a = dice(input, target, pos_weight, mask, squared, grad);
+  a.factors = (const char*)factors.data_ptr(), a.factors_image = factors.dim() == 3 ? a.C * FACTORS : 0;
+  SegmentationKernels kernels = kernels_for(input);
+  run_pieces(a, [&](int64_t piece) { kernels.dice_grad(a, piece); });
+}
+
+}  // namespace minkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
+  m.def(
+      "_sigmoid_loss_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask, float alpha, float gamma, "
+      "int reduction, Tensor(a!) loss, Tensor(b!) scale, Tensor(c!)? grad) -> int");
+  m.def(
+      "_sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask, Tensor scale, "
+      "float alpha, float gamma, Tensor(a!) grad) -> ()");
+  m.def(  // pos_weight (C,) float64, and factors (N or nothing, C, 3), contiguous
+      "_bce_dice_fwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, float bce_weight, float dice_weight, float smooth, "
+      "bool squared, bool per_image, int reduction, Tensor(a!) loss, Tensor(b!) factors) -> int");
+  m.def(
+      "_bce_dice_bwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, Tensor factors, bool squared, Tensor(a!) grad) "
+      "-> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
+  m.impl("_sigmoid_loss_fwd", TORCH_BOX(&minkernels::sigmoid_loss_fwd));
+  m.impl("_sigmoid_loss_bwd", TORCH_BOX(&minkernels::sigmoid_loss_bwd));
+  m.impl("_bce_dice_fwd", TORCH_BOX(&minkernels::bce_dice_fwd));
+  m.impl("_bce_dice_bwd", TORCH_BOX(&minkernels::bce_dice_bwd));
+}

@@ -1,0 +1,428 @@
+// BCE, focal and Dice losses on one level: blocks of elements are widened into the L1 cache, and everything that an element needs comes
+// from one exponential: e = exp(-|x|) gives sigmoid(|x|) = 1 / (1 + e), sigmoid(-|x|) = e / (1 + e) and softplus(-|x|) = log1p(e). None
+// of them cancels, so a loss of 1e-30 is as right as one of 1.
+// Sources: Focal Loss for Dense Object Detection, Lin et al. 2017, arXiv:1708.02002; V-Net, Milletari et al. 2016, arXiv:1606.04797.
+
+// e**x for x <= 0, relative error under 1.3e-7; exactly 0 below -87.7. x - n ln 2 in two steps, of which the first is exact.
+INLINE f32 exp_of_negative(f32 x) {
+  const f32 magic = splat(12582912.0f);  // 1.5 * 2**23, as in exp2
+  x = max(splat(-88.0f), x);             // in this order a NaN stays
+  f32 t = x * splat(1.44269504f) + magic, n = t - magic;
+  f32 r = x - n * splat(0.693359375f);
+  r = r + n * splat(2.12194440e-4f);
+  f32 p = splat(1.381462985e-3f);  // minimax (Remez) with the first two coefficients 1: relative error 3.1e-9
+  p = p * r + splat(8.368709951e-3f);
+  p = p * r + splat(4.166838708e-2f);
+  p = p * r + splat(1.666652069e-1f);
+  p = p * r + splat(4.999999345e-1f);
+  p = p * r + splat(1.0f);
+  p = p * r + splat(1.0f);
+  return p * (f32)(((i32)t << 23) + 0x3f800000);
+}
+INLINE f64 exp_of_negative(f64 x) { return exp2(x * splat(1.4426950408889634)); }
+
+// log(1 + e) for 0 <= e <= 1, relative error under 2e-7 however small e is.
+INLINE f32 log1p(f32 e) {
+  f32 p = splat(-3.318467578e-3f);  // minimax (Remez) of log1p(e) / e with the first coefficient 1: relative error 5.2e-9
+  p = p * e + splat(2.020456281e-2f);
+  p = p * e + splat(-5.766440397e-2f);
+  p = p * e + splat(1.068055168e-1f);
+  p = p * e + splat(-1.535539427e-1f);
+  p = p * e + splat(1.969539996e-1f);
+  p = p * e + splat(-2.495858734e-1f);
+  p = p * e + splat(3.333051132e-1f);
+  p = p * e + splat(-4.999993276e-1f);
+  p = p * e;
+  return p * e + e;
+}
+
+template <class A>
+INLINE vec<A> atanh_twice(vec<A> s, int terms) {  // 2 atanh(s) = 2 (s + s**3 / 3 + s**5 / 5 + ...)
+  vec<A> square = s * s, p = splat(A(0));
+  for (int k = terms; k >= 0; k--) p = p * square + splat(A(2) / A(2 * k + 1));
+  return p * s;
+}
+INLINE f64 log1p(f64 e) { return atanh_twice<double>(e / (e + splat(2.0)), 16); }  // s <= 1/3: what is left out is under 4e-18
+
+// s**gamma for 0 <= s <= 1 and gamma > 0; 0 below the smallest normal number. Relative error a few roundings of 1 + gamma |log2 s|.
+template <class A>
+INLINE vec<A> power(vec<A> s, A gamma) {
+  using I = lane_t<A>;
+  constexpr int bits = sizeof(A) == 4 ? 23 : 52;
+  constexpr A normal = sizeof(A) == 4 ? A(0x1p-126) : A(0x1p-1022);
+  const vec<I> half_sqrt = (vec<I>)splat(A(0.70710678118654752));
+  vec<I> n = ((vec<I>)s - half_sqrt) >> bits;
+  vec<A> m = (vec<A>)((vec<I>)s - (n << bits));  // sqrt(1/2) to sqrt(2), so |(m - 1) / (m + 1)| < 0.172
+  vec<A> log2_m = atanh_twice<A>((m - splat(A(1))) / (m + splat(A(1))), sizeof(A) == 4 ? 4 : 10) * splat(A(1.4426950408889634));
+  vec<A> whole = __builtin_convertvector(n, vec<A>);
+  vec<A> result = exp2(whole * splat(gamma) + log2_m * splat(gamma));
+  return s < splat(normal) ? vec<A>{} : result;
+}
+
+INLINE f64 reciprocal(f64 x) { return splat(1.0) / x; }
+INLINE f32 reciprocal(f32 x) {
+#if LEVEL_BYTES == 64
+  f32 r = (f32)_mm512_rcp14_ps((__m512)x);  // and a Newton step: a division takes twice as long
+  return r + r * (splat(1.0f) - x * r);
+#else
+  return splat(1.0f) / x;
+#endif
+}
+
+template <class A>
+struct Sigmoid {
+  vec<A> p, q;       // sigmoid(x), sigmoid(-x)
+  vec<A> size, log;  // |x|, log1p(exp(-|x|)): softplus(x) = max(x, 0) + log
+  vec<lane_t<A>> positive;
+};
+template <class A>
+INLINE Sigmoid<A> sigmoid(vec<A> x) {
+  Sigmoid<A> s;
+  s.positive = x > vec<A>{};
+  s.size = max(-x, x);  // in this order a NaN stays
+  vec<A> e = exp_of_negative(-s.size), large = reciprocal(e + splat(A(1))), small = e * large;
+  s.p = s.positive ? large : small, s.q = s.positive ? small : large;
+  s.log = log1p(e);
+  return s;
+}
+
+// -pw t log p - (1 - t) log q, and its derivative by x.
+template <class A, bool POS_WEIGHT>
+INLINE void bce(const Sigmoid<A>& s, vec<A> t, vec<A> pos_weight, vec<A>& loss, vec<A>& derivative) {
+  vec<A> u = splat(A(1)) - t, pt = POS_WEIGHT ? pos_weight * t : t;
+  loss = s.size * (s.positive ? u : pt) + (POS_WEIGHT ? s.log * (u + pt) : s.log);
+  derivative = u * s.p - pt * s.q;
+}
+
+// Reading and writing blocks.
+
+template <class T, class A>
+INLINE void read_run(A* to, const T* from, int64_t stride, int64_t n) {
+  if (stride == 1)
+    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[i]));
+  else if (stride == 0)
+    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[0]));
+  else
+    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[i * stride]));
+}
+#define READ_INTEGERS(T)                                                  \
+  template <class A>                                                      \
+  INLINE void read_run(A* to, const T* from, int64_t stride, int64_t n) { \
+    if (stride == 1)                                                      \
+      for (int64_t i = 0; i < n; i++) to[i] = A(from[i]);                 \
+    else                                                                  \
+      for (int64_t i = 0; i < n; i++) to[i] = A(from[i * stride]);        \
+  }
+READ_INTEGERS(uint8_t)
+READ_INTEGERS(int32_t)
+READ_INTEGERS(int64_t)
+#undef READ_INTEGERS
+
+// f(offset, i, n) for each run of elements first + i to first + i + n that lies in one row of the walk.
+template <class F>
+INLINE void each_run(const Walk& walk, const int64_t* stride, int64_t first, int64_t n, F f) {
+  int last = walk.dims - 1;
+  int64_t index[MAX_DIMS], row = first / walk.size[last], column = first % walk.size[last], offset = 0;
+  for (int d = last - 1; d >= 0; d--) {
+    index[d] = row % walk.size[d], row /= walk.size[d];
+    offset += index[d] * stride[d];
+  }
+  for (int64_t i = 0;;) {
+    int64_t left = walk.size[last] - column, run = left < n - i ? left : n - i;
+    f(offset + column * stride[last], i, run);
+    i += run, column = 0;
+    if (i == n) return;
+    for (int d = last - 1;; d--) {
+      offset += stride[d];
+      if (++index[d] < walk.size[d]) break;
+      offset -= index[d] * stride[d], index[d] = 0;
+    }
+  }
+}
+
+template <class A>
+constexpr Element element_of = sizeof(A) == 4 ? Element::f32 : Element::f64;
+
+// Where n elements from `first` on lie one after the other as A and fill whole registers, so that they need no copy; else null.
+template <class A>
+INLINE A* in_place(const Walk& walk, const Operand& o, int64_t base, int64_t first, int64_t n) {
+  int last = walk.dims - 1;
+  if (o.type != element_of<A> || o.stride[last] != 1 || n % vector<A>::lanes) return nullptr;
+  if (last == 0) return (A*)o.data + base + first;
+  if (first % walk.size[last] + n > walk.size[last]) return nullptr;
+  A* at = nullptr;
+  each_run(walk, o.stride, first, n, [&](int64_t offset, int64_t, int64_t) { at = (A*)o.data + base + offset; });
+  return at;
+}
+
+// n elements of an operand, widened into the buffer unless they can be read where they lie, and `rest` up to a whole register.
+template <class A>
+static const A* read_block(const Walk& walk, const Operand& o, int64_t base, int64_t first, int64_t n, A* buffer, A rest) {
+  if (const A* at = in_place<A>(walk, o, base, first, n)) return at;
+  store(buffer + n, splat(rest));
+  const auto read = [&](auto type) {
+    using T = decltype(type);
+    each_run(walk, o.stride, first, n, [&](int64_t offset, int64_t i, int64_t run) {
+      read_run(buffer + i, (const T*)o.data + base + offset, o.stride[walk.dims - 1], run);
+    });
+  };
+  switch (o.type) {
+    case Element::f16: read(half{}); break;
+    case Element::bf16: read(bfloat16{}); break;
+    case Element::f32: read(float{}); break;
+    case Element::f64: read(double{}); break;
+    case Element::u8: read(uint8_t{}); break;
+    case Element::i32: read(int32_t{}); break;
+    case Element::i64: read(int64_t{}); break;
+  }
+  return buffer;
+}
+
+template <class A>
+static void write_block(const Walk& walk, const Operand& o, int64_t base, int64_t first, int64_t n, const A* buffer) {
+  const auto write = [&](auto type) {
+    using T = decltype(type);
+    each_run(walk, o.stride, first, n, [&](int64_t offset, int64_t i, int64_t run) {
+      narrow_row((T*)o.data + base + offset, o.stride[walk.dims - 1], buffer + i, run, A(1));
+    });
+  };
+  if constexpr (sizeof(A) == 8)
+    write(double{});
+  else if (o.type == Element::f16)
+    write(half{});
+  else if (o.type == Element::bf16)
+    write(bfloat16{});
+  else
+    write(float{});
+}
+
+template <class A>
+struct Buffer {
+  alignas(64) A at[BLOCK + vector<A>::lanes];
+};
+
+template <class A>
+constexpr A padding = A(-2000);  // a logit whose p, and whose BCE with a target of 0, are exactly 0
+
+template <class A>
+INLINE vec<lane_t<A>> counts(const A* mask, int64_t i) {
+  return mask ? load(mask + i) != vec<A>{} : ~vec<lane_t<A>>{};
+}
+
+// Whether one of n integers that count is not among 0 .. end - 1.
+template <class A>
+static bool out_of_range(const A* t, const A* mask, int64_t n, A end) {
+  vec<lane_t<A>> bad = {};
+  for (int64_t i = 0; i < n; i += vector<A>::lanes) {
+    vec<A> v = load(t + i);
+    bad |= ~(v >= vec<A>{} & v < splat(end)) & counts(mask, i);
+  }
+  return lanes_max((f32)((i32)bad & (i32)splat(1.0f))) > 0;
+}
+
+// A sum over a block, in parts of 8 registers, so that no lane adds up many numbers in a row.
+template <class A>
+struct Sum {
+  vec<A> all = {}, part = {};
+  void add(vec<A> v) { part += v; }
+  void next_part() { all += part, part = vec<A>{}; }
+  double total() const { return lanes_sum(all + part); }
+};
+constexpr int64_t PART = 8;  // registers
+
+// BCE and focal loss.
+
+template <class A>
+static int64_t count_task(const Pointwise& a, int64_t task) {
+  Buffer<A> buffer;
+  int64_t found = 0, end = (task + 1) * TASK < a.walk.elements ? (task + 1) * TASK : a.walk.elements;
+  for (int64_t first = task * TASK; first < end; first += BLOCK) {
+    int64_t n = end - first < BLOCK ? end - first : BLOCK;
+    const A* mask = read_block(a.walk, a.mask, 0, first, n, buffer.at, A(0));
+    vec<A> sum = {};
+    for (int64_t i = 0; i < n; i += vector<A>::lanes) sum += load(mask + i);
+    found += int64_t(lanes_sum(sum));
+  }
+  return found;
+}
+
+// GAMMA 3 is any other.
+template <class A, int GAMMA>
+static void pointwise_task(const Pointwise& a, int64_t task) {
+  constexpr int L = vector<A>::lanes;
+  Buffer<A> x_buffer, t_buffer, weight_buffer, pos_weight_buffer, mask_buffer, dloss_buffer, loss_buffer, grad_buffer;
+  const bool focal = a.alpha >= 0;
+  const vec<A> one = splat(A(1)), gamma = splat(A(a.gamma)), factor = splat(A(a.factor));
+  const vec<A> alpha = splat(A(a.alpha)), beta = splat(A(1 - a.alpha));
+  double sum = 0;
+  bool bad = false;
+  int64_t end = (task + 1) * TASK < a.walk.elements ? (task + 1) * TASK : a.walk.elements;
+  for (int64_t first = task * TASK; first < end; first += BLOCK) {
+    int64_t n = end - first < BLOCK ? end - first : BLOCK;
+    const auto read = [&](const Operand& o, Buffer<A>& buffer, A rest) {
+      return o.data ? read_block(a.walk, o, 0, first, n, buffer.at, rest) : nullptr;
+    };
+    const A *x = read(a.x, x_buffer, padding<A>), *t = read(a.t, t_buffer, A(0)), *weight = read(a.weight, weight_buffer, A(0));
+    const A *pos_weight = read(a.pos_weight, pos_weight_buffer, A(0)), *mask = read(a.mask, mask_buffer, A(0));
+    const A* dloss = read(a.dloss, dloss_buffer, A(0));
+    if (a.bad && a.t.is_integer()) bad = bad || out_of_range(t, mask, n, A(2));
+    A* loss_out = a.loss.data ? in_place<A>(a.walk, a.loss, 0, first, n) : nullptr;
+    A* grad_out = a.grad.data ? in_place<A>(a.walk, a.grad, 0, first, n) : nullptr;
+    A* losses = loss_out ? loss_out : a.loss.data ? loss_buffer.at : nullptr;
+    A* grads = grad_out ? grad_out : a.grad.data ? grad_buffer.at : nullptr;
+    Sum<A> total;
+    for (int64_t i = 0; i < n;) {
+      for (int64_t stop = i + PART * L; i < stop && i < n; i += L) {
+        vec<A> tv = load(t + i), loss, d;
+        Sigmoid<A> s = sigmoid<A>(load(x + i));
+        if (pos_weight)
+          bce<A, true>(s, tv, load(pos_weight + i), loss, d);
+        else
+          bce<A, false>(s, tv, tv, loss, d);
+        if (GAMMA) {
+          // 1 - p_t = p (1 - t) + (1 - p) t, where p_t itself would round to 1
+          vec<A> u = one - tv, miss = s.p * u + s.q * tv, slope = s.p * s.q * (u - tv);
+          if (GAMMA == 1)
+            d = slope * loss + miss * d, loss = miss * loss;
+          else if (GAMMA == 2)
+            d = miss * (slope * loss * splat(A(2)) + miss * d), loss = miss * miss * loss;
+          else {
+            vec<A> by = power<A>(miss, A(a.gamma));
+            d = by * (gamma * (miss > vec<A>{} ? slope / miss : vec<A>{}) * loss + d), loss = by * loss;
+          }
+        }
+        if (focal) {
+          vec<A> balance = alpha * tv + beta * (one - tv);
+          loss *= balance, d *= balance;
+        }
+        if (weight) {
+          vec<A> w = load(weight + i);
+          loss *= w, d *= w;
+        }
+        if (grads) d = d * (dloss ? load(dloss + i) * factor : factor);
+        if (mask) {
+          vec<lane_t<A>> keep = counts(mask, i);
+          loss = keep ? loss : vec<A>{}, d = keep ? d : vec<A>{};
+        }
+        total.add(loss);
+        if (losses) store(losses + i, loss);
+        if (grads) store(grads + i, d);
+      }
+      total.next_part();
+    }
+    sum += total.total();
+    if (losses && !loss_out) write_block(a.walk, a.loss, 0, first, n, losses);
+    if (grads && !grad_out) write_block(a.walk, a.grad, 0, first, n, grads);
+  }
+  if (a.sums) a.sums[task] = sum;
+  if (a.bad) a.bad[task] = bad;
+}
+
+// Dice. A piece's blocks are the outer loop and the channels the inner one: a block of the class map or of a mask that the channels share
+// is read once.
+
+template <class A>
+struct DiceBlock {
+  Buffer<A> x, t, mask, grad;
+};
+
+template <class A, class F>
+INLINE void each_dice_block(const Dice& a, int64_t piece, DiceBlock<A>& b, F f) {
+  int64_t pieces = a.pieces_of_an_image(), image = piece / pieces, start = piece % pieces * TASK;
+  int64_t end = start + TASK < a.walk.elements ? start + TASK : a.walk.elements;
+  const A rest = a.class_map ? A(0.5) : A(0);  // of a map: in range, and no class
+  for (int64_t first = start; first < end; first += BLOCK) {
+    int64_t n = end - first < BLOCK ? end - first : BLOCK;
+    const A *t = nullptr, *mask = nullptr;
+    for (int64_t c = 0; c < a.C; c++) {
+      if (c == 0 || a.t.channel) t = read_block(a.walk, a.t, image * a.t.image + c * a.t.channel, first, n, b.t.at, rest);
+      if (a.mask.data && (c == 0 || a.mask.channel))
+        mask = read_block(a.walk, a.mask, image * a.mask.image + c * a.mask.channel, first, n, b.mask.at, A(0));
+      const A* x = read_block(a.walk, a.x, image * a.x.image + c * a.x.channel, first, n, b.x.at, padding<A>);
+      f(image, c, first, n, x, t, mask);
+    }
+  }
+}
+
+// Of a class map: 1 where it names the channel.
+template <class A>
+INLINE vec<A> dice_target(const Dice& a, const A* t, int64_t i, vec<A> channel) {
+  vec<A> v = load(t + i);
+  return a.class_map ? (v == channel ? splat(A(1)) : vec<A>{}) : v;
+}
+
+template <class A, bool MASK, bool POS_WEIGHT>
+static void dice_sums_of(const Dice& a, int64_t piece) {
+  constexpr int L = vector<A>::lanes;
+  DiceBlock<A> b;
+  bool bad = false;
+  double* sums = a.sums + piece * a.C * DICE_SUMS;
+  for (int64_t i = 0; i < a.C * DICE_SUMS; i++) sums[i] = 0;
+  each_dice_block<A>(a, piece, b, [&](int64_t, int64_t c, int64_t, int64_t n, const A* x, const A* t, const A* mask) {
+    const vec<A> channel = splat(A(c)), pos_weight = splat(A(POS_WEIGHT ? a.pos_weight[c] : 1));
+    if (a.t.is_integer() && (c == 0 || a.t.channel || a.mask.channel)) bad = bad || out_of_range(t, mask, n, A(a.class_map ? a.C : 2));
+    Sum<A> bces, both, sizes, counted;
+    for (int64_t i = 0; i < n;) {
+      for (int64_t stop = i + PART * L; i < stop && i < n; i += L) {
+        vec<A> tv = dice_target(a, t, i, channel), loss, d;
+        Sigmoid<A> s = sigmoid<A>(load(x + i));
+        bce<A, POS_WEIGHT>(s, tv, pos_weight, loss, d);
+        vec<A> p = s.p;
+        if (MASK) {
+          vec<lane_t<A>> keep = counts(mask, i);
+          loss = keep ? loss : vec<A>{}, p = keep ? p : vec<A>{}, tv = keep ? tv : vec<A>{};
+          counted.add(keep ? splat(A(1)) : vec<A>{});
+        }
+        bces.add(loss), both.add(p * tv), sizes.add(a.squared ? p * p + tv * tv : p + tv);
+      }
+      bces.next_part(), both.next_part(), sizes.next_part(), counted.next_part();
+    }
+    double* to = sums + c * DICE_SUMS;
+    to[0] += bces.total(), to[1] += both.total(), to[2] += sizes.total(), to[3] += MASK ? counted.total() : double(n);
+  });
+  a.bad[piece] = bad;
+}
+
+template <class A>
+static void dice_sums(const Dice& a, int64_t piece) {
+  if (a.mask.data)
+    (a.pos_weight ? dice_sums_of<A, true, true> : dice_sums_of<A, true, false>)(a, piece);
+  else
+    (a.pos_weight ? dice_sums_of<A, false, true> : dice_sums_of<A, false, false>)(a, piece);
+}
+
+template <class A, bool MASK, bool POS_WEIGHT>
+static void dice_grad_of(const Dice& a, int64_t piece) {
+  constexpr int L = vector<A>::lanes;
+  DiceBlock<A> b;
+  each_dice_block<A>(a, piece, b, [&](int64_t image, int64_t c, int64_t first, int64_t n, const A* x, const A* t, const A* mask) {
+    const vec<A> channel = splat(A(c)), pos_weight = splat(A(POS_WEIGHT ? a.pos_weight[c] : 1));
+    const A* factors = (const A*)a.factors + image * a.factors_image + c * FACTORS;
+    const vec<A> of_bce = splat(factors[0]), of_target = splat(factors[1]), of_p = splat(factors[2]);
+    int64_t base = image * a.grad.image + c * a.grad.channel;
+    A* out = in_place<A>(a.walk, a.grad, base, first, n);
+    A* grads = out ? out : b.grad.at;
+    for (int64_t i = 0; i < n; i += L) {
+      vec<A> tv = dice_target(a, t, i, channel), loss, d;
+      Sigmoid<A> s = sigmoid<A>(load(x + i));
+      bce<A, POS_WEIGHT>(s, tv, pos_weight, loss, d);
+      d = d * of_bce + s.p * s.q * (tv * of_target + (a.squared ? s.p * of_p : of_p));
+      if (MASK) d = counts(mask, i) ? d : vec<A>{};
+      store(grads + i, d);
+    }
+    if (!out) write_block(a.walk, a.grad, base, first, n, grads);
+  });
+}
+
+template <class A>
+static void dice_grad(const Dice& a, int64_t piece) {
+  if (a.mask.data)
+    (a.pos_weight ? dice_grad_of<A, true, true> : dice_grad_of<A, true, false>)(a, piece);
+  else
+    (a.pos_weight ? dice_grad_of<A, false, true> : dice_grad_of<A, false, false>)(a, piece);
+}
+
+template <class A>
+constexpr SegmentationKernels kernels_of{
+    count_task<A>, {pointwise_task<A, 0>, pointwise_task<A, 1>, pointwise_task<A, 2>, pointwise_task<A, 3>}, dice_sums<A>, dice_grad<A>};
+static SegmentationKernels segmentation_kernels(bool is_double) { return is_double ? kernels_of<double> : kernels_of<float>; }

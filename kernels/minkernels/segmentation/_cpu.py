@@ -1,0 +1,42 @@
+"""How the segmentation losses are fast on a CPU: csrc/ops/cpu/segmentation_kernel.h."""
+
+import torch
+
+from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
+from minkernels.segmentation._targets import check_targets
+
+_sigmoid_loss_fwd = torch.ops.minkernels._sigmoid_loss_fwd.default
+_sigmoid_loss_bwd = torch.ops.minkernels._sigmoid_loss_bwd.default
+_bce_dice_fwd = torch.ops.minkernels._bce_dice_fwd.default
+_bce_dice_bwd = torch.ops.minkernels._bce_dice_bwd.default
+_CODES = {"none": 0, "mean": 1, "sum": 2}  # csrc/ops/cpu/segmentation.cpp
+
+
+def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, reduction, with_grad):
+    loss, scale, grad = sigmoid_loss_outputs(input, reduction, with_grad)
+    tensors = input, target, weight, pos_weight, mask
+    if _sigmoid_loss_fwd(*tensors, alpha, gamma, _CODES[reduction], loss, scale, grad if with_grad else None):
+        check_targets(input, target, mask)
+    return loss, scale, grad
+
+
+def sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma):
+    grad = torch.empty_like(input)
+    _sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma, grad)
+    return grad
+
+
+def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smooth, squared, per_image, reduction):
+    loss, factors = bce_dice_outputs(input, per_image, reduction)
+    weights = None if pos_weight is None else pos_weight.double().contiguous()
+    numbers = bce_weight, dice_weight, smooth, squared, per_image, _CODES[reduction]
+    if _bce_dice_fwd(input, target, weights, mask, *numbers, loss, factors):
+        check_targets(input, target, mask)
+    return loss, factors
+
+
+def bce_dice_bwd(input, target, pos_weight, mask, factors, squared):
+    grad = torch.empty_like(input)
+    weights = None if pos_weight is None else pos_weight.double().contiguous()
+    _bce_dice_bwd(input, target, weights, mask, factors.contiguous(), squared, grad)
+    return grad

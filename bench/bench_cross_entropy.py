@@ -8,14 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.timing import compiled, max_error
+from bench.timing import RETAINED, compiled, max_error
 from minkernels import cross_entropy
 
-RETAINED = {  # glibc keeps freed memory: no page faults, as in a long training run under an allocator that caches
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
-    "MALLOC_TOP_PAD_": str(1 << 30),
-}
 JUDGED = 64  # rows of gradient that are compared with fp64; the loss is compared over all rows
 
 

@@ -17,6 +17,11 @@ LIMITS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of 
 MAX_ROUNDS = 200
 CLEAR_BYTES = 512 << 20  # several times any L2, and longer to write than most calls take to launch
 PROC = Path("/proc/self")
+RETAINED = {  # environment under which glibc keeps freed memory: no page faults, as in a long training run whose allocator caches
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 30),
+}
 
 
 @dataclass

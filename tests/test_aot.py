@@ -13,6 +13,7 @@ aot = pytest.importorskip("aot", reason="needs Triton")
 from minkernels.attention import _triton as attention  # noqa: E402
 from minkernels.attention._options import Options  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
+from minkernels.segmentation import _triton as segmentation  # noqa: E402
 
 EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
 TARGETS = aot.ALL_TARGETS if EVERY else aot.TARGETS
@@ -100,3 +101,35 @@ def test_cross_entropy(target, V, dtype, tmp_path):
     check(kernels, target, tmp_path, dtype, ["_fwd_kernel", "_bwd_kernel", "_scale_kernel"])
     for kernel in kernels[:2]:
         assert "assertfail" in kernel.asm["ptx"], f"{kernel.metadata.name} does not check its labels"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("gamma", [0.0, 2.0] + [1.0, 1.5] * EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sigmoid_loss(target, gamma, dtype, tmp_path):
+    """Plain, and with every operand in a layout of its own."""
+    x, labels = torch.empty(2, 3, 64, 64, dtype=dtype), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    weights = x[0, 0, 0].expand(x.shape), x[0, :, :1, :1].expand(x.shape), (x[:, :1, :, :1] > 0).expand(x.shape)
+    for tensors in ((x, x.clone(), None, None, None), (x.mT, labels, *weights)):
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            _, scale, _ = segmentation.sigmoid_loss_fwd(*tensors, 0.25, gamma, "sum", True)
+            segmentation.sigmoid_loss_bwd(torch.empty(()), *tensors, scale, 0.25, gamma)
+        check(kernels, target, tmp_path, dtype, ["_pointwise_kernel"] * 2)
+        if "ptx" in kernels[0].asm:
+            assert ("assertfail" in kernels[0].asm["ptx"]) == (tensors[1] is labels), "integer targets are checked, others are not"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("class_map", [False, True], ids=["dense", "map"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bce_dice(target, class_map, dtype, tmp_path):
+    x = torch.empty(2, 3, 64, 64, dtype=dtype)
+    labels = torch.zeros(2, 64, 64, dtype=torch.int64) if class_map else x.clone()
+    mask = torch.ones(2, 1, 64, 64, dtype=torch.bool).expand(x.shape)
+    for shared in (None, mask):
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            _, factors = segmentation.bce_dice_fwd(x, labels, torch.empty(3), shared, 1.0, 1.0, 1.0, True, True, "mean")
+            segmentation.bce_dice_bwd(x, labels, torch.empty(3), shared, factors, True)
+        check(kernels, target, tmp_path, dtype, ["_dice_sums_kernel", "_dice_finish_kernel", "_dice_grad_kernel"])
+        if "ptx" in kernels[0].asm:
+            assert ("assertfail" in kernels[0].asm["ptx"]) == class_map, "classes are checked"

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.testing._internal.common_methods_invocations import op_db
 
 from judge import assert_close
-from minkernels import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
+from minkernels import bce_dice_loss, bce_with_logits, modules, sigmoid_focal_loss
 from minkernels.segmentation import reference
 from segmentation_cases import (
     DTYPES,
@@ -591,3 +591,18 @@ def test_a_bad_target_under_the_mask_is_none(library):
     assert bce_dice_loss(torch.zeros(1, 3, 4), pixels, mask=pixels != 255).isfinite()
     with pytest.raises(IndexError, match="255"):  # one class of the pixel counts
         bce_dice_loss(torch.zeros(1, 3, 4), pixels, mask=torch.tensor([False, True, False]).view(1, 3, 1))
+
+
+def test_modules(library):
+    x, t = make((2, 3, 8, 9))
+    mask, weight, pos_weight = torch.rand(8, 9) > 0.3, torch.rand(9), torch.rand(3, 1, 1)
+    ours = modules.BCEWithLogitsLoss(weight, reduction="sum", pos_weight=pos_weight)
+    theirs = torch.nn.BCEWithLogitsLoss(weight, reduction="sum", pos_weight=pos_weight)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x, t), theirs(x, t))
+    assert torch.equal(ours(x, t, mask), bce_with_logits(x, t, weight, pos_weight=pos_weight, mask=mask, reduction="sum"))
+    options = dict(bce_weight=0.5, dice_weight=2.0, smooth=0.1, squared=True, per="batch", pos_weight=torch.rand(3), reduction="none")
+    assert torch.equal(modules.BCEDiceLoss(**options)(x, t, mask), bce_dice_loss(x, t, mask=mask, **options))
+    options = dict(alpha=0.4, gamma=1.0, reduction="mean")
+    assert torch.equal(modules.SigmoidFocalLoss(**options)(x, t, mask), sigmoid_focal_loss(x, t, mask=mask, **options))
+    assert "reduction='sum'" in repr(ours) and "gamma=1.0" in repr(modules.SigmoidFocalLoss(**options))

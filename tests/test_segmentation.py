@@ -266,6 +266,15 @@ def test_exponentials_and_logarithms(level, library, monkeypatch):
         assert ((dx - exact_dx) / exact_dx).abs().max() < 1e-6 * (1 + gamma)
 
 
+def test_the_mean_of_small_losses(library):
+    """The sums take one logarithm for many elements, and lose none that is small."""
+    for shift in (0.0, 10.0, 20.0, 60.0):
+        x, t = torch.randn(2, 1, 3000) + shift, torch.ones(2, 1, 3000)
+        exact = F.softplus(-x.double()).mean() if shift < 20 else torch.exp(-x.double()).mean()
+        torch.testing.assert_close(bce_with_logits(x, t).double(), exact, rtol=5e-7, atol=0)
+        torch.testing.assert_close(bce_dice_loss(x, t, dice_weight=0.0).double(), exact, rtol=5e-7, atol=0)
+
+
 LOSSES = {
     "bce": lambda x, t, **options: bce_with_logits(x, t, **options),
     "focal": lambda x, t, **options: sigmoid_focal_loss(x, t, **{"reduction": "mean", **options}),

@@ -44,19 +44,39 @@ INLINE vec<A> atanh_twice(vec<A> s, int terms) {  // 2 atanh(s) = 2 (s + s**3 / 
 }
 INLINE f64 log1p(f64 e) { return atanh_twice<double>(e / (e + splat(2.0)), 16); }  // s <= 1/3: what is left out is under 4e-18
 
+// x as m * 2**n, with m from sqrt(1/2) to sqrt(2); x a normal number above 0.
+template <class A>
+struct Split {
+  vec<A> n, m;
+};
+template <class A>
+INLINE Split<A> split(vec<A> x) {
+  using I = lane_t<A>;
+  constexpr int bits = sizeof(A) == 4 ? 23 : 52;
+  vec<I> n = ((vec<I>)x - (vec<I>)splat(A(0.70710678118654752))) >> bits;
+  return {__builtin_convertvector(n, vec<A>), (vec<A>)((vec<I>)x - (n << bits))};
+}
+template <class A>
+INLINE vec<A> log_of_mantissa(vec<A> m) {  // |(m - 1) / (m + 1)| < 0.172: what is left out is under 5e-9, or 1e-18
+  return atanh_twice<A>((m - splat(A(1))) / (m + splat(A(1))), sizeof(A) == 4 ? 4 : 10);
+}
+
 // s**gamma for 0 <= s <= 1 and gamma > 0; 0 below the smallest normal number. Relative error a few roundings of 1 + gamma |log2 s|.
 template <class A>
 INLINE vec<A> power(vec<A> s, A gamma) {
-  using I = lane_t<A>;
-  constexpr int bits = sizeof(A) == 4 ? 23 : 52;
   constexpr A normal = sizeof(A) == 4 ? A(0x1p-126) : A(0x1p-1022);
-  const vec<I> half_sqrt = (vec<I>)splat(A(0.70710678118654752));
-  vec<I> n = ((vec<I>)s - half_sqrt) >> bits;
-  vec<A> m = (vec<A>)((vec<I>)s - (n << bits));  // sqrt(1/2) to sqrt(2), so |(m - 1) / (m + 1)| < 0.172
-  vec<A> log2_m = atanh_twice<A>((m - splat(A(1))) / (m + splat(A(1))), sizeof(A) == 4 ? 4 : 10) * splat(A(1.4426950408889634));
-  vec<A> whole = __builtin_convertvector(n, vec<A>);
-  vec<A> result = exp2(whole * splat(gamma) + log2_m * splat(gamma));
+  Split<A> of = split<A>(s);
+  vec<A> log2_m = log_of_mantissa<A>(of.m) * splat(A(1.4426950408889634));
+  vec<A> result = exp2(of.n * splat(gamma) + log2_m * splat(gamma));
   return s < splat(normal) ? vec<A>{} : result;
+}
+
+// log(1 + y) for any y >= 0, however small: the logarithm of the rounded 1 + y, and what the rounding took.
+template <class A>
+INLINE vec<A> log1p_of_any(vec<A> y) {
+  vec<A> u = y + splat(A(1)), lost = y - (u - splat(A(1)));
+  Split<A> of = split<A>(u);
+  return of.n * splat(A(0.69314718055994531)) + (log_of_mantissa<A>(of.m) + lost / u);
 }
 
 INLINE f64 reciprocal(f64 x) { return splat(1.0) / x; }
@@ -71,8 +91,8 @@ INLINE f32 reciprocal(f32 x) {
 
 template <class A>
 struct Sigmoid {
-  vec<A> p, q;       // sigmoid(x), sigmoid(-x)
-  vec<A> size, log;  // |x|, log1p(exp(-|x|)): softplus(x) = max(x, 0) + log
+  vec<A> p, q;     // sigmoid(x), sigmoid(-x)
+  vec<A> size, e;  // |x|, exp(-|x|): softplus(x) = max(x, 0) + log1p(e)
   vec<lane_t<A>> positive;
 };
 template <class A>
@@ -80,17 +100,17 @@ INLINE Sigmoid<A> sigmoid(vec<A> x) {
   Sigmoid<A> s;
   s.positive = x > vec<A>{};
   s.size = max(-x, x);  // in this order a NaN stays
-  vec<A> e = exp_of_negative(-s.size), large = reciprocal(e + splat(A(1))), small = e * large;
+  s.e = exp_of_negative(-s.size);
+  vec<A> large = reciprocal(s.e + splat(A(1))), small = s.e * large;
   s.p = s.positive ? large : small, s.q = s.positive ? small : large;
-  s.log = log1p(e);
   return s;
 }
 
-// -pw t log p - (1 - t) log q, and its derivative by x.
+// BCE, -pos_weight t log p - (1 - t) log q, is linear + of_log log1p(e); and its derivative by x.
 template <class A, bool POS_WEIGHT>
-INLINE void bce(const Sigmoid<A>& s, vec<A> t, vec<A> pos_weight, vec<A>& loss, vec<A>& derivative) {
+INLINE void bce(const Sigmoid<A>& s, vec<A> t, vec<A> pos_weight, vec<A>& linear, vec<A>& of_log, vec<A>& derivative) {
   vec<A> u = splat(A(1)) - t, pt = POS_WEIGHT ? pos_weight * t : t;
-  loss = s.size * (s.positive ? u : pt) + (POS_WEIGHT ? s.log * (u + pt) : s.log);
+  linear = s.size * (s.positive ? u : pt), of_log = POS_WEIGHT ? u + pt : splat(A(1));
   derivative = u * s.p - pt * s.q;
 }
 
@@ -220,7 +240,9 @@ static bool out_of_range(const A* t, const A* mask, int64_t n, A end) {
   return lanes_max((f32)((i32)bad & (i32)splat(1.0f))) > 0;
 }
 
-// A sum over a block, in parts of 8 registers, so that no lane adds up many numbers in a row.
+constexpr int64_t PART = 16;  // registers
+
+// A sum over a block, in parts, so that no lane adds up many numbers in a row.
 template <class A>
 struct Sum {
   vec<A> all = {}, part = {};
@@ -228,7 +250,15 @@ struct Sum {
   void next_part() { all += part, part = vec<A>{}; }
   double total() const { return lanes_sum(all + part); }
 };
-constexpr int64_t PART = 8;  // registers
+
+// The same of log1p(e) for e of 0 to 1, from one logarithm a part: the product of all 1 + e, less 1, which forgets no small e.
+template <class A>
+struct LogSum {
+  vec<A> all = {}, product = {};
+  void add(vec<A> e) { product = (product * e + product) + e; }
+  void next_part() { all += log1p_of_any<A>(product), product = vec<A>{}; }
+  double total() const { return lanes_sum(all); }
+};
 
 // BCE and focal loss.
 
@@ -251,7 +281,7 @@ template <class A, int GAMMA>
 static void pointwise_task(const Pointwise& a, int64_t task) {
   constexpr int L = vector<A>::lanes;
   Buffer<A> x_buffer, t_buffer, weight_buffer, pos_weight_buffer, mask_buffer, dloss_buffer, loss_buffer, grad_buffer;
-  const bool focal = a.alpha >= 0;
+  const bool focal = a.alpha >= 0, only_sum = !GAMMA && !focal && !a.loss.data && !a.weight.data && !a.pos_weight.data;
   const vec<A> one = splat(A(1)), gamma = splat(A(a.gamma)), factor = splat(A(a.factor));
   const vec<A> alpha = splat(A(a.alpha)), beta = splat(A(1 - a.alpha));
   double sum = 0;
@@ -271,14 +301,19 @@ static void pointwise_task(const Pointwise& a, int64_t task) {
     A* losses = loss_out ? loss_out : a.loss.data ? loss_buffer.at : nullptr;
     A* grads = grad_out ? grad_out : a.grad.data ? grad_buffer.at : nullptr;
     Sum<A> total;
+    LogSum<A> logs;
     for (int64_t i = 0; i < n;) {
       for (int64_t stop = i + PART * L; i < stop && i < n; i += L) {
-        vec<A> tv = load(t + i), loss, d;
+        vec<A> tv = load(t + i), loss, of_log, d;
         Sigmoid<A> s = sigmoid<A>(load(x + i));
         if (pos_weight)
-          bce<A, true>(s, tv, load(pos_weight + i), loss, d);
+          bce<A, true>(s, tv, load(pos_weight + i), loss, of_log, d);
         else
-          bce<A, false>(s, tv, tv, loss, d);
+          bce<A, false>(s, tv, tv, loss, of_log, d);
+        if (only_sum)
+          logs.add(counts(mask, i) ? s.e : vec<A>{});
+        else
+          loss += of_log * log1p(s.e);
         if (GAMMA) {
           // 1 - p_t = p (1 - t) + (1 - p) t, where p_t itself would round to 1
           vec<A> u = one - tv, miss = s.p * u + s.q * tv, slope = s.p * s.q * (u - tv);
@@ -309,8 +344,9 @@ static void pointwise_task(const Pointwise& a, int64_t task) {
         if (grads) store(grads + i, d);
       }
       total.next_part();
+      if (only_sum) logs.next_part();
     }
-    sum += total.total();
+    sum += total.total() + logs.total();
     if (losses && !loss_out) write_block(a.walk, a.loss, 0, first, n, losses);
     if (grads && !grad_out) write_block(a.walk, a.grad, 0, first, n, grads);
   }
@@ -362,23 +398,27 @@ static void dice_sums_of(const Dice& a, int64_t piece) {
     const vec<A> channel = splat(A(c)), pos_weight = splat(A(POS_WEIGHT ? a.pos_weight[c] : 1));
     if (a.t.is_integer() && (c == 0 || a.t.channel || a.mask.channel)) bad = bad || out_of_range(t, mask, n, A(a.class_map ? a.C : 2));
     Sum<A> bces, both, sizes, counted;
+    LogSum<A> logs;
     for (int64_t i = 0; i < n;) {
       for (int64_t stop = i + PART * L; i < stop && i < n; i += L) {
-        vec<A> tv = dice_target(a, t, i, channel), loss, d;
+        vec<A> tv = dice_target(a, t, i, channel), loss, of_log, d;
         Sigmoid<A> s = sigmoid<A>(load(x + i));
-        bce<A, POS_WEIGHT>(s, tv, pos_weight, loss, d);
+        bce<A, POS_WEIGHT>(s, tv, pos_weight, loss, of_log, d);
         vec<A> p = s.p;
+        if (POS_WEIGHT) loss += of_log * log1p(s.e);
         if (MASK) {
           vec<lane_t<A>> keep = counts(mask, i);
-          loss = keep ? loss : vec<A>{}, p = keep ? p : vec<A>{}, tv = keep ? tv : vec<A>{};
+          loss = keep ? loss : vec<A>{}, p = keep ? p : vec<A>{}, tv = keep ? tv : vec<A>{}, s.e = keep ? s.e : vec<A>{};
           counted.add(keep ? splat(A(1)) : vec<A>{});
         }
+        if (!POS_WEIGHT) logs.add(s.e);
         bces.add(loss), both.add(p * tv), sizes.add(a.squared ? p * p + tv * tv : p + tv);
       }
       bces.next_part(), both.next_part(), sizes.next_part(), counted.next_part();
+      if (!POS_WEIGHT) logs.next_part();
     }
     double* to = sums + c * DICE_SUMS;
-    to[0] += bces.total(), to[1] += both.total(), to[2] += sizes.total(), to[3] += MASK ? counted.total() : double(n);
+    to[0] += bces.total() + logs.total(), to[1] += both.total(), to[2] += sizes.total(), to[3] += MASK ? counted.total() : double(n);
   });
   a.bad[piece] = bad;
 }
@@ -403,9 +443,9 @@ static void dice_grad_of(const Dice& a, int64_t piece) {
     A* out = in_place<A>(a.walk, a.grad, base, first, n);
     A* grads = out ? out : b.grad.at;
     for (int64_t i = 0; i < n; i += L) {
-      vec<A> tv = dice_target(a, t, i, channel), loss, d;
+      vec<A> tv = dice_target(a, t, i, channel), linear, of_log, d;
       Sigmoid<A> s = sigmoid<A>(load(x + i));
-      bce<A, POS_WEIGHT>(s, tv, pos_weight, loss, d);
+      bce<A, POS_WEIGHT>(s, tv, pos_weight, linear, of_log, d);
       d = d * of_bce + s.p * s.q * (tv * of_target + (a.squared ? s.p * of_p : of_p));
       if (MASK) d = counts(mask, i) ? d : vec<A>{};
       store(grads + i, d);

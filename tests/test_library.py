@@ -66,6 +66,8 @@ q = torch.randn(1, 1, 3, 4, requires_grad=True)
 for _ in range(2):
     minkernels.attention(q, q, q).sum().backward()
     minkernels.cross_entropy(q[0, 0], torch.tensor([0, 1, 2])).backward()
+    minkernels.bce_dice_loss(q, q.detach()).backward()
+    minkernels.sigmoid_focal_loss(q, q.detach(), reduction="mean").backward()
 print(minkernels.info())
 """
     result = python(code, path=copy_package(tmp_path, library=False))

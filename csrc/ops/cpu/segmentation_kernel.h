@@ -382,15 +382,17 @@ template <class A, class F>
 INLINE void each_dice_block(const Dice& a, int64_t piece, DiceBlock<A>& b, F f) {
   int64_t pieces = a.pieces_of_an_image(), image = piece / pieces, start = piece % pieces * TASK;
   int64_t end = start + TASK < a.walk.elements ? start + TASK : a.walk.elements;
-  const A rest = a.class_map ? A(0.5) : A(0);  // of a map: in range, and no class
-  for (int64_t c = 0; c < a.C; c++)
-    for (int64_t first = start; first < end; first += BLOCK) {
-      int64_t n = end - first < BLOCK ? end - first : BLOCK, block = (first - start) / BLOCK;
-      const A* t = b.t.read(a, a.t, image, c, block, first, n, rest);
-      const A* mask = a.mask.data ? b.mask.read(a, a.mask, image, c, block, first, n, A(0)) : nullptr;
-      const A* x = read_block(a.walk, a.x, image * a.x.image + c * a.x.channel, first, n, b.x.at, padding<A>);
-      f(image, c, first, n, x, t, mask);
-    }
+  const A rest = a.class_map ? A(0.5) : A(0);                               // of a map: in range, and no class
+  const int64_t stretch = a.x.stride[a.walk.dims - 1] == 1 ? TASK : BLOCK;  // channels last: all of them from the L2 cache
+  for (int64_t from = start; from < end; from += stretch)
+    for (int64_t c = 0; c < a.C; c++)
+      for (int64_t first = from; first < end && first < from + stretch; first += BLOCK) {
+        int64_t n = end - first < BLOCK ? end - first : BLOCK, block = (first - start) / BLOCK;
+        const A* t = b.t.read(a, a.t, image, c, block, first, n, rest);
+        const A* mask = a.mask.data ? b.mask.read(a, a.mask, image, c, block, first, n, A(0)) : nullptr;
+        const A* x = read_block(a.walk, a.x, image * a.x.image + c * a.x.channel, first, n, b.x.at, padding<A>);
+        f(image, c, first, n, x, t, mask);
+      }
 }
 
 // Of a class map: 1 where it names the channel.

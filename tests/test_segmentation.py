@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
-from torch.testing._internal.common_methods_invocations import op_db
 
 from judge import assert_close
 from minkernels import bce_dice_loss, bce_with_logits, modules, sigmoid_focal_loss
@@ -305,6 +304,8 @@ def test_cpu_same_bits_for_any_number_of_threads(loss_of, dtype, library):
 
 def test_samples_of_pytorch(library):
     """PyTorch's own samples of F.binary_cross_entropy_with_logits."""
+    from torch.testing._internal.common_methods_invocations import op_db  # takes seconds, and expecttest
+
     (op,) = (op for op in op_db if op.name == "nn.functional.binary_cross_entropy_with_logits")
     names, seen = list(inspect.signature(F.binary_cross_entropy_with_logits).parameters)[1:], 0
     for sample in op.sample_inputs("cpu", torch.float32, requires_grad=False):

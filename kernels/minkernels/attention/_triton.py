@@ -21,23 +21,25 @@ MOST_PARTS = 128
 DBIAS_PROGRAMS = 256  # enough to fill a GPU
 LOG2E = math.log2(math.e)
 
-TILES = {  # how the architecture's name begins: (kernel, bytes of an element): {head dims up to: (BLOCK_M, BLOCK_N, num_warps, num_stages)}
+# how the architecture's name begins: (kernel, bytes of an element): {head dims up to: (BLOCK_M, BLOCK_N, num_warps, num_stages)}. The row
+# of 512 is for head dims to 256 with options that take registers too.
+TILES = {
     "any": {  # within the 99 KB of shared memory that every NVIDIA GPU since sm_80 has
         ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         ("dq", 2): {64: (128, 64, 8, 2), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
         ("dkdv", 2): {64: (64, 128, 8, 2), 96: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-        ("dbias", 2): {256: (32, 32, 4, 1)},
+        ("dbias", 2): {128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
         ("decode", 2): {64: (64, 64, 4, 3), 96: (64, 32, 8, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
         ("fwd", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         ("dq", 4): {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
         ("dkdv", 4): {64: (32, 32, 8, 1), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
-        ("dbias", 4): {64: (16, 16, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
+        ("dbias", 4): {64: (32, 32, 8, 1), 256: (16, 16, 8, 1)},
         ("decode", 4): {96: (32, 32, 8, 2), 128: (16, 16, 8, 2), 256: (16, 16, 8, 1)},
     },
     "sm_90": {  # within 227 KB; fp32, which uses no tensor core, is as above
         ("fwd", 2): {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
-        ("dq", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-        ("dkdv", 2): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (64, 32, 8, 2)},
+        ("dq", 2): {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2), 512: (64, 32, 8, 2)},
+        ("dkdv", 2): {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 2)},
     },
     "sm_10": {  # every Blackwell with tcgen05: sm_100, sm_103
         ("fwd", 2): {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
@@ -45,11 +47,11 @@ TILES = {  # how the architecture's name begins: (kernel, bytes of an element): 
         ("dq", 4): {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
     },
     "gfx": {  # within the 64 KB of gfx942; four warps of 64 threads may have 512 registers each, eight have 256
-        ("fwd", 2): {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
+        ("fwd", 2): {64: (128, 64, 4, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
         ("dq", 2): {64: (64, 32, 4, 2), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
         ("dkdv", 2): {64: (32, 64, 4, 1), 128: (32, 64, 4, 1), 256: (16, 32, 4, 1)},
         ("dbias", 2): {64: (64, 64, 8, 1), 128: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
-        ("dq", 4): {64: (32, 32, 4, 1), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
+        ("dq", 4): {64: (32, 32, 4, 1), 128: (32, 16, 8, 2), 256: (16, 16, 4, 2)},
         ("dkdv", 4): {64: (32, 32, 4, 1), 128: (16, 16, 8, 2), 256: (16, 16, 4, 1)},
     },
 }
@@ -192,11 +194,11 @@ def _config(kernel, q, Dv, x):
     DIMS, VDIMS, arch = _dims(q.shape[3]), _dims(Dv), _arch(q.device)
     width = max(sum(DIMS[1:]), sum(VDIMS[1:]))
     if kernel != "dbias" and (x.bias is not None or x.mask is not None or x.dropout_p or x.softcap):
-        width = 256  # what they load and compute takes registers too
+        width = 256 if width <= 128 else 512  # what they load and compute takes registers too
     BLOCK_M, BLOCK_N, num_warps, num_stages = _tiles(arch, kernel, q.element_size(), width)
     options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
-    if q.dtype == torch.float32 and not arch.startswith("gfx"):
-        options["maxnreg"] = 255  # all there are; else ptxas spills here, to make room for programs that never come
+    if (kernel == "dq" and arch in ("sm_86", "sm_89")) or (q.dtype == torch.float32 and kernel != "dbias" and not arch.startswith("gfx")):
+        options["maxnreg"] = 255  # all there are; else ptxas spills here, to make room for programs that never come; dbias spills with it
     if x.kv_lens is not None or x.cu_seqlens_q is not None:
         options |= dict(debug=True, sanitize_overflow=False)  # keeps the device asserts of sequence(), and adds no other
     return dict(DIMS=DIMS, VDIMS=VDIMS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N) | options
@@ -205,7 +207,7 @@ def _config(kernel, q, Dv, x):
 def _tiles(arch, kernel, element_size, width):
     family = next((family for family in TILES if arch.startswith(family)), "any")
     table = TILES[family].get((kernel, element_size)) or TILES["any"][kernel, element_size]
-    return next((tiles for widest, tiles in table.items() if width <= widest), table[256])
+    return next((tiles for widest, tiles in table.items() if width <= widest), [*table.values()][-1])
 
 
 def _dims(D):

@@ -4,9 +4,8 @@ none needs atomics. All rebuild p from lse."""
 import triton
 import triton.language as tl
 
+from minkernels._triton_math import INF, LOG2E
 from minkernels.attention._triton_common import (
-    INF,
-    LOG2E,
     SIZES,
     add_dot,
     aligned,

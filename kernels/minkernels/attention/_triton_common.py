@@ -7,9 +7,9 @@ A tile that is as wide as a head dim is a tuple of one or two, since tl.dot take
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
+from minkernels._triton_math import LOG2E, tanh
+
 LN2 = tl.constexpr(0.6931471805599453)
-INF = tl.constexpr(float("inf"))
 SIZES = [  # any value runs the same code: one compilation for all
     "H", "Hkv", "M", "N", "rows", "cols", "heads", "heads_at_once", "left", "right", "drop", "stats_stride", "pad", "parts", "part",
 ]  # fmt: skip
@@ -162,21 +162,13 @@ def add_dot(acc, p, x):
 
 
 @triton.jit
-def _tanh(x):
-    """Right in relative terms near 0 too, where 1 - 2 / (exp(2x) + 1) cancels: there Cephes' polynomial for |x| < 0.625."""
-    y = x * x
-    rest = (((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y + 1.33314422036e-1) * y - 3.33332819422e-1
-    return tl.where(tl.abs(x) < 0.625, x + x * y * rest, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))
-
-
-@triton.jit
 def scores(s, scale_log2, cap_log2, bias):
     """q @ k.T in log2 units, after softcap and bias, and the slope of the cap. If cap_log2 is the cap in log2 units, scale_log2
     turns q @ k.T into the share of the cap."""
     s *= scale_log2
     slope = 1.0
     if cap_log2 is not None:
-        t = _tanh(s)
+        t = tanh(s)
         s = t * cap_log2
         slope = 1.0 - t * t
     if bias is not None:

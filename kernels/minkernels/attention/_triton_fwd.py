@@ -3,10 +3,9 @@
 import triton
 import triton.language as tl
 
+from minkernels._triton_math import INF, LOG2E
 from minkernels.attention._triton_common import (
-    INF,
     LN2,
-    LOG2E,
     SIZES,
     add_dot,
     aligned,

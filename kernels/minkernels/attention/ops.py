@@ -1,16 +1,14 @@
 """Fused attention: what it promises."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from minkernels._checks import FLOATS, check_number, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable
 from minkernels.attention import reference
 from minkernels.attention._options import SCHEMA, Options, check_lengths, grads_like, like, lse_like
 
 MAX_HEAD_DIM = 256
-DTYPES = torch.float16, torch.bfloat16, torch.float32, torch.float64
 TENSORS = 8  # of Options, the first
 
 
@@ -156,17 +154,17 @@ def _lower(
             raise TypeError(f"window must be two ints or None, (left, right), got {window!r}")
         left, right = (None if n is None or n < 0 else n for n in window)
     if scale is not None:
-        _check_number("scale", scale)
+        check_number("scale", scale)
     if softcap is not None:
-        _check_number("softcap", softcap)
+        check_number("softcap", softcap)
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, got {softcap}")
     if dropout_p != 0.0:
-        _check_number("dropout_p", dropout_p)
+        check_number("dropout_p", dropout_p)
         if not 0 <= dropout_p < 1:
             raise ValueError(f"dropout_p must be at least 0 and under 1, got {dropout_p}")
     if sinks is not None:
-        _check_tensor("sinks", sinks, (q.shape[1],), "(H={},)", DTYPES, q)
+        _check_tensor("sinks", sinks, (q.shape[1],), "(H={},)", FLOATS, q)
         sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -190,17 +188,16 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
             hides = mask[:, 0, 0].expand(B, N)
             key_mask, mask = hides if key_mask is None else key_mask & hides, None
     if bias is not None:
-        bias = _four(bias, "bias", DTYPES, (B, H, M, N), q)
+        bias = _four(bias, "bias", FLOATS, (B, H, M, N), q)
     return bias, key_mask, kv_lens, mask
 
 
 def _check_qkv(q, k, v, dims, layout):
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        check_tensor(name, t)
         if t.dim() != dims:
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
-        if t.dtype not in DTYPES:
+        if t.dtype not in FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     dtype, device = q.dtype, q.device
     for name, t in (("k", k), ("v", v)):
@@ -239,13 +236,6 @@ def _four(t, name, dtypes, full, q):
     if len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, full, strict=True)):
         raise ValueError(f"{name} must broadcast to (B, H, M, N) = {tuple(full)}, got {tuple(t.shape)}")
     return t.reshape(shape) if t.dim() < 4 else t
-
-
-def _check_number(name, x):
-    if isinstance(x, bool | Tensor) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
-        raise TypeError(f"{name} must be a number, got {x!r}")
-    if not math.isfinite(x):
-        raise ValueError(f"{name} must be finite, got {x}")
 
 
 def _is_int(n):

@@ -1,16 +1,14 @@
 """Fused losses on logits for segmentation and detection: BCE, BCE + Dice, focal. What they promise."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from minkernels._checks import FLOATS, check_floats, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable
-from minkernels.cross_entropy.ops import REDUCTIONS, _grad_early, _scale_
+from minkernels.cross_entropy.ops import grad_early, scale_
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
-FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 INTEGERS = torch.uint8, torch.int32, torch.int64
 
 
@@ -46,7 +44,7 @@ def bce_with_logits(
     """
     _check_input(input, 0)
     _check_target(input, target)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     weight, pos_weight = _weights(input, "weight", weight), _weights(input, "pos_weight", pos_weight)
     return _sigmoid_loss(input, target, weight, pos_weight, _mask(input, mask), -1.0, 0.0, reduction)
 
@@ -74,13 +72,14 @@ def sigmoid_focal_loss(
     """
     _check_input(input, 0)
     _check_target(input, target)
-    _check_reduction(reduction)
-    alpha, gamma = _number("alpha", alpha), _number("gamma", gamma)
+    check_reduction(reduction)
+    check_number("alpha", alpha)
+    check_number("gamma", gamma)
     if alpha > 1:
         raise ValueError(f"alpha must be at most 1 (negative: no weighting), got {alpha}")
     if gamma < 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
-    return _sigmoid_loss(input, target, None, None, _mask(input, mask), alpha, gamma, reduction)
+    return _sigmoid_loss(input, target, None, None, _mask(input, mask), float(alpha), float(gamma), reduction)
 
 
 def bce_dice_loss(
@@ -121,14 +120,17 @@ def bce_dice_loss(
     Source: V-Net, Milletari et al. 2016, arXiv:1606.04797 (squared); nnU-Net, Isensee et al. 2018, arXiv:1809.10486.
     """
     _check_input(input, 2)
-    if _is_tensor("target", target) and target.shape == (input.shape[0], *input.shape[2:]):
+    check_tensor("target", target)
+    if target.shape == (input.shape[0], *input.shape[2:]):
         _check_class_map(input, target)
     else:
         _check_target(input, target)
-    _check_reduction(reduction)
+    check_reduction(reduction)
     if per not in ("image", "batch"):
         raise ValueError(f"per must be image or batch, got {per!r}")
-    numbers = _number("bce_weight", bce_weight), _number("dice_weight", dice_weight), _number("smooth", smooth)
+    numbers = bce_weight, dice_weight, smooth
+    for name, number in zip(("bce_weight", "dice_weight", "smooth"), numbers, strict=True):
+        check_number(name, number)
     if smooth < 0:
         raise ValueError(f"smooth must be at least 0, got {smooth}")
     if not isinstance(squared, bool):
@@ -139,34 +141,24 @@ def bce_dice_loss(
             raise ValueError(f"pos_weight must be (C={input.shape[1]},), got {tuple(pos_weight.shape)}")
     if isinstance(mask, Tensor) and mask.dim() == input.dim() - 1:
         mask = mask.unsqueeze(1)  # (N, *spatial)
-    args = input, target, pos_weight, _mask(input, mask), *numbers, squared, per == "image", reduction
+    args = input, target, pos_weight, _mask(input, mask), *map(float, numbers), squared, per == "image", reduction
     return (apply(_BCEDice, *args) if needs_grad(input) else _bce_dice_fwd(*args))[0]
 
 
 def _sigmoid_loss(input, *options):
     if not needs_grad(input):
         return _sigmoid_loss_fwd(input, *options, False)[0]
-    return apply(_SigmoidLoss, input, *options, options[-1] != "none" and _grad_early(input))[0]
-
-
-def _is_tensor(name, t):
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    return True
+    return apply(_SigmoidLoss, input, *options, options[-1] != "none" and grad_early(input))[0]
 
 
 def _check_input(input, least):
-    _is_tensor("input", input)
-    if input.dtype not in FLOATS:
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dtype == torch.float64 and input.device.type != "cpu":
-        raise TypeError(f"float64 runs on the CPU only, got input on {input.device}")
+    check_floats("input", input)
     if input.dim() < least:
         raise ValueError(f"input must be (N, C, *spatial), got shape {tuple(input.shape)}")
 
 
 def _check_target(input, target):
-    _is_tensor("target", target)
+    check_tensor("target", target)
     if target.dtype not in (*FLOATS, torch.bool, *INTEGERS):
         raise TypeError(f"target must be a float, bool, uint8, int32 or int64 tensor, got {target.dtype}")
     if target.shape != input.shape:
@@ -191,23 +183,8 @@ def _check_constant(input, name, t):
 
 
 def _check_weights(input, name, t):
-    _is_tensor(name, t)
-    if t.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    check_floats(name, t)
     _check_constant(input, name, t)
-
-
-def _check_reduction(reduction):
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-
-
-def _number(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not -math.inf < value < math.inf:  # math.isfinite() does not compile where value is symbolic
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
 
 
 def _weights(input, name, t):
@@ -220,7 +197,8 @@ def _weights(input, name, t):
 def _mask(input, mask):
     if mask is None:
         return None
-    if _is_tensor("mask", mask) and mask.dtype != torch.bool:
+    check_tensor("mask", mask)
+    if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     _check_constant(input, "mask", mask)
     return _expand(input, "mask", mask)
@@ -282,7 +260,7 @@ class _SigmoidLoss(torch.autograd.Function):
         if grad is None:
             grad = _sigmoid_loss_bwd(dloss, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
         else:
-            _scale_(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
+            scale_(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
         return grad, *(None,) * 8
 
 

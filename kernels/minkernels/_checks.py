@@ -1,0 +1,41 @@
+"""Checks that several families make of their arguments."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+REDUCTIONS = "none", "mean", "sum"
+
+
+def check_number(name: str, x):
+    if type(x) is float and -math.inf < x < math.inf:  # what most calls give, at a tenth of the time
+        return
+    if isinstance(x, bool | Tensor) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {x!r}")
+    if not -math.inf < x < math.inf:  # not isfinite(): torch.compile cannot trace it on a dynamic float
+        raise ValueError(f"{name} must be finite, got {x}")
+
+
+def check_int(name: str, x):
+    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, int | torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {x!r}")
+
+
+def check_tensor(name: str, t):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def check_floats(name: str, t):
+    check_tensor(name, t)
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
+    if t.dtype == torch.float64 and t.device.type != "cpu":
+        raise TypeError(f"float64 runs on the CPU only, got {name} on {t.device}")
+
+
+def check_reduction(reduction):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

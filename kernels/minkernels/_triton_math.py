@@ -1,0 +1,20 @@
+"""What the Triton kernels of several families compute with."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def tanh(x):
+    """Right in relative terms near 0 too, where 1 - 2 / (exp(2x) + 1) cancels: there Cephes' polynomial for |x| < 0.625."""
+    y = x * x
+    rest = (((-5.70498872745e-3 * y + 2.06390887954e-2) * y - 5.37397155531e-2) * y + 1.33314422036e-1) * y - 3.33332819422e-1
+    return tl.where(tl.abs(x) < 0.625, x + x * y * rest, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))

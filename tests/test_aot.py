@@ -13,6 +13,7 @@ aot = pytest.importorskip("aot", reason="needs Triton")
 from minkernels.attention import _triton as attention  # noqa: E402
 from minkernels.attention._options import Options  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
+from minkernels.cross_entropy._options import Options as SoftmaxOptions  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
 
 EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
@@ -89,18 +90,82 @@ def test_attention_asserts_its_lengths(lengths, monkeypatch):
         assert "assertfail" in kernel.asm["ptx"], f"{kernel.metadata.name} does not check {lengths}"
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("V", [1000, 32768, 128256])  # a row in one block, the largest such, and one read twice
+EVERYTHING = dict(label_smoothing=0.1, z_loss=1e-2, softcap=5.0, logit_scale=1.3)
+STATS, MERGE, GRAD = "_stats_kernel", "_merge_kernel", "_grad_kernel"
+CROSS_ENTROPY = {  # shape, options, whether targets are probabilities, processors, what the forward launches
+    "short-rows": ((2, 1000), {}, False, 1, [STATS]),
+    "whole": ((2, 32768), {}, False, 1, [STATS]),
+    "two-reads": ((2, 128256), {}, False, 1, [STATS]),
+    "odd": ((2, 50257), {}, False, 1, [STATS]),
+    "split": ((2, 128256), {}, False, 132, [STATS, MERGE, GRAD]),
+    "positions": ((2, 21, 4096), {}, False, 1, [STATS]),
+    "positions-in-pieces": ((2, 1000, 4096), {}, False, 1, [STATS]),
+    "everything-short": ((2, 1000), EVERYTHING, False, 1, [STATS]),
+    "everything-whole": ((2, 16384), EVERYTHING, True, 1, [STATS]),
+    "everything-two-reads": ((2, 128256), EVERYTHING, False, 1, [STATS]),
+    "everything-probs": ((2, 128256), EVERYTHING, True, 1, [STATS]),
+    "everything-split": ((2, 128256), EVERYTHING, True, 132, [STATS, MERGE, GRAD]),
+    "everything-positions": ((2, 21, 4096), EVERYTHING, True, 1, [STATS]),
+    "everything-in-pieces": ((2, 1000, 4096), EVERYTHING, False, 1, [STATS]),
+}
+
+
+@pytest.fixture
+def softmax(monkeypatch):
+    """Its launchers, compiling for a target: call(target, processors, function) gives the kernels."""
+
+    def compile_softmax(target, processors, function):
+        monkeypatch.setattr(cross_entropy, "_processors", lambda device: processors)
+        monkeypatch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            function()
+        return kernels
+
+    return compile_softmax
+
+
+def check_asserts(kernels, labels):
+    for kernel in kernels:
+        if "ptx" in kernel.asm and kernel.metadata.name in (STATS, MERGE):
+            assert ("assertfail" in kernel.asm["ptx"]) == labels, f"{kernel.metadata.name}: does it check its labels?"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", CROSS_ENTROPY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_cross_entropy(target, V, dtype, tmp_path):
-    x, labels = torch.empty(2, V, dtype=dtype), torch.zeros(2, dtype=torch.int64)
-    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
-        _, stats, grad = cross_entropy.fwd(x, labels, -100, "mean", True)
-        cross_entropy.bwd(torch.empty(()), x, labels, stats, -100, "mean")
-        cross_entropy.scale_(grad, torch.empty(()))
-    check(kernels, target, tmp_path, dtype, ["_fwd_kernel", "_bwd_kernel", "_scale_kernel"])
-    for kernel in kernels[:2]:
-        assert "assertfail" in kernel.asm["ptx"], f"{kernel.metadata.name} does not check its labels"
+def test_cross_entropy(target, case, dtype, softmax, tmp_path):
+    shape, options, probs, processors, names = CROSS_ENTROPY[case]
+    x, x_options = torch.empty(shape, dtype=dtype), SoftmaxOptions(**options)
+    target_rows = torch.empty_like(x) if probs else torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    weight, k = torch.ones(shape[1]) if options else None, torch.empty(x[:, 0].numel(), 5)
+    kernels = softmax(target, processors, lambda: cross_entropy.fwd(x, target_rows, weight, *x_options, "mean", False, True))
+    check(kernels, target, tmp_path, dtype, names)
+    check_asserts(kernels, not probs)
+    kernels = softmax(target, processors, lambda: cross_entropy.grad(x, target_rows, weight, k, *x_options))
+    check(kernels, target, tmp_path, dtype, [GRAD])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1000), (2, 128256), (2, 21, 4096), (2, 1000, 8192)], ids=str)
+def test_softmax_stats(target, shape, dtype, softmax, tmp_path):
+    """Entropy and all columns, or the loss alone; of a shard, whose labels may lie elsewhere, without the assert."""
+    x, labels = torch.empty(shape, dtype=dtype), torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+    for processors in (1, 132):
+        split = processors > 1 and shape == (2, 128256)
+        for shard in (False, True):
+            options = SoftmaxOptions(softcap=5.0, label_smoothing=0.1 if shard else 0.0)
+            kernels = softmax(target, processors, lambda o=options, shard=shard: cross_entropy.stats(x, labels, None, *o, shard, True))
+            check(kernels, target, tmp_path, dtype, [STATS] + [MERGE] * split)
+            check_asserts(kernels, not shard)
+        kernels = softmax(target, processors, lambda: cross_entropy.fwd(x, labels, None, *SoftmaxOptions(), "none", False, False))
+        check(kernels, target, tmp_path, dtype, [STATS] + [MERGE] * split)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scale(target, softmax, tmp_path):
+    kernels = softmax(target, 1, lambda: cross_entropy.scale_(torch.empty(2, 1000, dtype=torch.bfloat16), torch.ones(())))
+    check(kernels, target, tmp_path, torch.bfloat16, ["_scale_kernel"])
 
 
 @pytest.mark.parametrize("target", TARGETS)

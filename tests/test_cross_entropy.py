@@ -1,5 +1,7 @@
-"""cross_entropy: the reference against PyTorch, the C++ kernels against the reference at every level, and the public op's promises."""
+"""The softmax losses: the reference against PyTorch, the C++ kernels against fp64 at every level, and the public ops' promises."""
 
+import itertools
+import math
 import re
 
 import pytest
@@ -9,105 +11,126 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from judge import assert_close
-from minkernels import cross_entropy
+from cross_entropy_cases import LAYOUTS, OPTIONS, REDUCTIONS, check, check_stats, formula, grads_of, lay_out, make
+from minkernels import cross_entropy, token_logprobs
 from minkernels.cross_entropy import reference
+from minkernels.cross_entropy._options import Options
 
-SHAPES = {  # N rows, V classes; the C++ kernel works on blocks of 2048 columns, four registers at a time, and on groups of short rows
+SHAPES = {  # (N, V) or (N, V, D); the C++ kernels work on blocks of 2048 columns, four registers at a time, and on groups of short rows
     "one-class": (4, 1),
     "two": (3, 2),
     "ragged": (5, 31),  # less than a register's step
     "one-block": (4, 2048),
     "block-and-one": (3, 2049),
     "gpt2": (2, 50257),
+    "longest-kept": (2, 131072),  # its exponentials are kept for the gradient
+    "not-kept": (2, 131073),
     "many-short": (3000, 27),  # rows go in groups: three tasks
     "no-rows": (0, 7),
+    "positions": (2, 21, 700),  # two tiles of positions, one of them ragged
+    "few-positions": (3, 40, 7),  # row by row
+    "many-classes": (2, 300, 70),  # two blocks of classes
+    "no-positions": (2, 5, 0),
 }
+BRIEF = {name: SHAPES[name] for name in ("two", "ragged", "block-and-one", "many-short", "positions", "few-positions", "many-classes")}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-REDUCTIONS = ["none", "mean", "sum"]
-
-
-def make(N, V, dtype=torch.float32, ignored=True):
-    x, target = (3 * torch.randn(N, V)).to(dtype), torch.randint(0, V, (N,))
-    if ignored and N > 1:
-        target[1] = -100
-    return x, target
 
 
 def grad_of(function, x, dloss):
-    x = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(function(x), x, dloss)[0]
+    return grads_of(function, [x], dloss)[0]
 
 
-def check_cpu(levels, x, target, reduction):
-    """The C++ kernels' loss and both gradients, the early one and the recomputed one, against fp64."""
+def each_level(levels, check, *args, **kwargs):
     from minkernels.cross_entropy import _cpu
 
-    dtype, wide, N = x.dtype, torch.promote_types(x.dtype, torch.float32), len(x)
-    dloss = torch.rand(N if reduction == "none" else ()).to(wide) - 0.3
-    exact = F.cross_entropy(x.double(), target.long(), reduction=reduction)
-    plain = F.cross_entropy(x.to(wide), target.long(), reduction=reduction)  # the loss of 16-bit logits is judged as fp32
-    upstreams = {"recomputed grad": dloss} if reduction == "none" else {"early grad": torch.ones_like(dloss), "recomputed grad": dloss}
     for level in levels:
-        loss, stats, early = _cpu.fwd(x, target, -100, reduction, reduction != "none")
-        assert_close(loss, plain, exact, wide, f"{level} loss")
-        for what, upstream in upstreams.items():
-            grad = early if what == "early grad" else _cpu.bwd(upstream, x, target, stats, -100, reduction)
-            exact_grad = grad_of(lambda x: F.cross_entropy(x, target.long(), reduction=reduction), x.double(), upstream.double())
-            plain_grad = grad_of(lambda x: F.cross_entropy(x, target.long(), reduction=reduction), x, upstream.to(dtype))
-            assert_close(grad, plain_grad, exact_grad, dtype, f"{level} {what}")
+        check(_cpu, *args, what=level, **kwargs)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", BRIEF.values(), ids=BRIEF)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_reference(shape, reduction):
-    x, target = make(*shape, torch.float64)
-    loss, stats, early = reference.fwd(x, target, -100, reduction, True)
-    torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
-    dloss = torch.randn(loss.shape, dtype=torch.float64)
-    for grad, upstream in ((early, torch.ones_like(loss)), (reference.bwd(dloss, x, target, stats, -100, reduction), dloss)):
-        torch.testing.assert_close(grad, grad_of(lambda x: F.cross_entropy(x, target, reduction=reduction), x, upstream))
+def test_reference(shape, name, reduction):
+    check(reference, *make(*shape, dtype=torch.float64, probs="probs" in name), OPTIONS[name], reduction)
+    check(reference, *make(*shape, probs="probs" in name), OPTIONS[name], reduction)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if s[0]], ids=[name for name, s in SHAPES.items() if s[0]])
+@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if math.prod(s)], ids=[name for name, s in SHAPES.items() if math.prod(s)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu(shape, reduction, dtype, levels):
-    check_cpu(levels, *make(*shape, dtype), reduction)
+    each_level(levels, check, *make(*shape, dtype=dtype), {}, reduction)
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
-@given(
-    N=st.integers(1, 40), V=st.integers(1, 5000), dtype=st.sampled_from(DTYPES), reduction=st.sampled_from(REDUCTIONS),
-    layout=st.sampled_from(["rows", "columns", "slice", "expanded"]), index=st.sampled_from([torch.int64, torch.int32]),
-    seed=st.integers(0, 2**31),
-)  # fmt: skip
-def test_cpu_fuzz(library, N, V, dtype, reduction, layout, index, seed):
-    torch.manual_seed(seed)
-    x, target = make(N, V, dtype)
-    if layout == "columns":
-        x = x.t().contiguous().t()
-    elif layout == "slice":  # a padded vocabulary: the row stride is not V
-        x = torch.full((N, V + 13), float("nan"), dtype=dtype)[:, 5 : V + 5].copy_(x)
-    elif layout == "expanded":
-        x = x[:1].expand(N, V)
-    check_cpu(["best"], x, target.to(index), reduction)
-
-
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "plain"])
+@pytest.mark.parametrize("shape", BRIEF.values(), ids=BRIEF)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_same_bits_for_any_number_of_threads(dtype, library):
-    x, target = make(500, 300, dtype)
+def test_cpu_options(shape, name, dtype, levels):
+    x, target = make(*shape, dtype=dtype, probs="probs" in name)
+    for level, reduction in itertools.product(levels, REDUCTIONS):
+        each_level([level], check, x, target, OPTIONS[name], reduction)
+
+
+@pytest.mark.parametrize("name", ["all", "probs-all"])
+def test_cpu_options_of_a_row_that_is_not_kept(name, levels):
+    each_level(levels, check, *make(2, 131073, probs="probs" in name), OPTIONS[name], "mean")
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(
+    N=st.integers(1, 40), V=st.integers(1, 5000), D=st.integers(0, 200), dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(REDUCTIONS), layout=st.sampled_from([*LAYOUTS, "channels-last"]), name=st.sampled_from(list(OPTIONS)),
+    labels=st.sampled_from([torch.int64, torch.int32, torch.uint8]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_cpu_fuzz(library, N, V, D, dtype, reduction, layout, name, labels, seed):
+    from minkernels.cross_entropy import _cpu
+
+    torch.manual_seed(seed)
+    shape = (N, min(V, 255 if labels == torch.uint8 else V), D) if D else (N, min(V, 255 if labels == torch.uint8 else V))
+    shape = shape if D == 0 else (min(N, 4), min(V, 600, shape[1]), D)
+    x, target = make(*shape, dtype=dtype, probs="probs" in name, labels=labels, ignored=layout != "expanded")
+    check(_cpu, x, target, OPTIONS[name], reduction, layout, draws=2, what=f"{name} {shape} {layout}")
+
+
+ROWS = {name: shape for name, shape in SHAPES.items() if len(shape) == 2 and shape[0]}
+STATS = {"plain": {}, "softcap": dict(softcap=8.0), "negative-scale": dict(logit_scale=-0.7), "both": dict(softcap=5.0, logit_scale=1.4)}
+
+
+@pytest.mark.parametrize("options", STATS.values(), ids=STATS)
+@pytest.mark.parametrize("shape", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_stats(shape, options, dtype, levels):
+    x, target = make(*shape, dtype=dtype)
+    for layout in LAYOUTS[:3]:
+        check_stats(reference, x, target, options, layout)
+    for level, layout in itertools.product(levels, LAYOUTS[:3]):
+        each_level([level], check_stats, x, target, options, layout)
+
+
+@pytest.mark.parametrize("shape", [(500, 300), (3, 21, 1000)], ids=["rows", "positions"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_same_bits_for_any_number_of_threads(dtype, shape, library):
+    x, target = make(*shape, dtype=dtype)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             leaf = x.clone().requires_grad_()
-            loss = cross_entropy(leaf, target)
+            loss = cross_entropy(leaf, target, weight=torch.arange(1.0, 1 + x.shape[1]), label_smoothing=0.1)
             results.append((loss, *torch.autograd.grad(loss, leaf)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+def test_more_than_2_to_31_elements(library):
+    """The last row, and the last column, lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
+    x, target = make(2, 70, dtype=torch.float16)
+    expected = cross_entropy(x, target, reduction="none")
+    for strides in ((2**31 + 8, 1), (1, 2**25)):
+        far = torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+        assert torch.equal(cross_entropy(far, target, reduction="none"), expected)
 
 
 # Semantics
@@ -122,9 +145,103 @@ def test_all_ignored_is_nan_like_pytorch_and_the_gradient_zero(library):
     assert cross_entropy(x, target, reduction="sum") == 0 and (cross_entropy(x, target, reduction="none") == 0).all()
 
 
+def test_a_mean_over_nothing_may_be_zero(library):
+    x, target = make(3, 5)
+    x.requires_grad_()
+    target[:] = -100
+    weightless = dict(target=torch.tensor([0, 1, 1]), weight=torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))
+    for call in (dict(target=target), weightless):
+        assert cross_entropy(x, **call).isnan()
+        loss = cross_entropy(x, **call, empty="zero")
+        (dx,) = torch.autograd.grad(loss, x)
+        assert loss == 0 and (dx == 0).all()
+        assert (torch.autograd.grad(cross_entropy(x, **call, empty="zero") * 2, x)[0] == 0).all()
+    full = torch.tensor([0, 1, 2])
+    torch.testing.assert_close(cross_entropy(x, full, empty="zero"), F.cross_entropy(x, full))
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (2, 9, 30)], ids=["rows", "positions"])
+@pytest.mark.parametrize("index", [-100, 3, 255, -1])  # a valid class is ignored too
+def test_ignore_index(index, shape, library):
+    x, target = make(*shape, ignored=False)
+    target.view(-1)[:3] = index
+    x.requires_grad_()
+    weight = torch.rand(9)
+    for kwargs in ({}, dict(weight=weight), dict(label_smoothing=0.2)):
+        ours, theirs = (f(x, target, ignore_index=index, **kwargs) for f in (cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 9, 3), (2, 9, 3, 5), (2, 9, 2, 3, 4), (2, 9, 0), (0, 9, 2)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("probs", [False, True], ids=["labels", "probs"])
+def test_shapes(shape, reduction, probs, library):
+    x, rows = torch.randn(shape, requires_grad=True), shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
+    target = torch.rand(shape, requires_grad=True) if probs else torch.randint(0, 9, rows)
+    ours, theirs = (f(x, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+    leaves = [x, target] if probs else [x]
+    dloss = torch.randn(theirs.shape)
+    for a, b in zip(torch.autograd.grad(ours, leaves, dloss), torch.autograd.grad(theirs, leaves, dloss), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_layouts_are_not_copied(library, monkeypatch):
+    """An image's logits, as they come from a convolution in either memory format, reach the kernel where they lie."""
+    from minkernels.cross_entropy import _cpu
+
+    seen, kernel = [], _cpu._fwd
+    monkeypatch.setattr(_cpu, "_fwd", lambda x, *args: seen.append(x.data_ptr()) or kernel(x, *args))
+    x, target = torch.randn(2, 9, 8, 8), torch.randint(0, 9, (2, 8, 8))
+    for image in (x, x.to(memory_format=torch.channels_last), torch.randn(2, 8, 8, 9).movedim(-1, 1)):
+        torch.testing.assert_close(cross_entropy(image, target), F.cross_entropy(image, target))
+        assert seen.pop() == image.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_probabilities_of_another_dtype(dtype, library):
+    x = make(6, 11, dtype=dtype)[0]
+    for kind in DTYPES:
+        target = torch.rand(6, 11).to(kind)
+        actual = cross_entropy(x, target)
+        torch.testing.assert_close(actual, F.cross_entropy(x.float(), target.float()))
+
+
+def test_the_gradient_of_probabilities(library):
+    x, target = make(6, 11, probs=True)
+    weight, inputs = torch.rand(11) + 0.5, [t.requires_grad_() for t in (x, target)]
+    options = dict(label_smoothing=0.1, softcap=5.0, logit_scale=1.3, z_loss=0.01)
+    loss = formula(*inputs, weight=weight, **options)
+    expected = torch.autograd.grad(loss * 3, inputs)
+    for a, b in zip(torch.autograd.grad(cross_entropy(*inputs, weight, **options) * 3, inputs), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    (alone,) = torch.autograd.grad(cross_entropy(x.detach(), target, weight, **options) * 3, target)
+    torch.testing.assert_close(alone, expected[1])
+
+
+@pytest.mark.parametrize("op", ["cross_entropy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pytorchs_own_samples(op, dtype, library):
+    """Every sample that PyTorch tests its own function with, forward and backward."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (info for info in op_db if info.name == f"nn.functional.{op}" and not info.variant_test_name)
+    count = 0
+    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+        leaves = [t for t in (sample.input, *sample.args) if t.requires_grad]
+        ours, theirs = (f(sample.input, *sample.args, **sample.kwargs) for f in (cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, theirs)
+        dloss = torch.randn_like(theirs)
+        for a, b in zip(torch.autograd.grad(ours, leaves, dloss), torch.autograd.grad(theirs, leaves, dloss), strict=True):
+            torch.testing.assert_close(a, b)
+        count += 1
+    assert count > 15
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ignored_row_may_hold_anything(dtype, library):
-    x, target = make(4, 9, dtype)
+    x, target = make(4, 9, dtype=dtype)
     x[1] = torch.tensor([float("nan"), float("inf"), float("-inf")] * 3)
     x.requires_grad_()
     loss = cross_entropy(x, target)
@@ -160,7 +277,7 @@ def test_the_true_class_of_a_certain_row(library):
 
 
 def test_loss_of_16_bit_logits_is_fp32(library):
-    x, target = make(4, 9, torch.bfloat16)
+    x, target = make(4, 9, dtype=torch.bfloat16)
     assert cross_entropy(x, target).dtype == torch.float32
 
 
@@ -174,7 +291,7 @@ def test_upstream_gradients_of_none(upstream, library):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # float16 never takes the early gradient
 def test_a_second_backward_changes_nothing_given_before(dtype, library):
-    x, target = make(6, 11, dtype)
+    x, target = make(6, 11, dtype=dtype)
     x.requires_grad_()
     loss = cross_entropy(x, target)
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
@@ -200,24 +317,82 @@ def test_input_is_not_changed(library):
     assert torch.equal(x.detach(), before)
 
 
-# The public op under PyTorch's machinery.
+# token_logprobs
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (0, 7)], ids=str)
+def test_token_logprobs(shape, library):
+    x, target = torch.randn(shape, requires_grad=True), torch.randint(0, 7, shape[:-1])
+    ours = token_logprobs(x, target)
+    logp = x.log_softmax(-1)
+    expected = logp.gather(-1, target[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+    assert torch.equal(ours.argmax, x.argmax(-1))
+    upstream = torch.randn(2, *shape[:-1])
+    for which in ([0], [1], [0, 1]):  # either gradient alone, and both
+        dloss = [upstream[i] for i in which]
+        grads = [torch.autograd.grad([results[i] for i in which], x, dloss, retain_graph=True)[0] for results in (ours, expected)]
+        torch.testing.assert_close(*grads)
+    torch.testing.assert_close(ours[:2], expected)
+
+
+def test_token_logprobs_of_rows_that_are_ignored_or_masked(library):
+    x, target = make(4, 9)
+    x[1] = math.nan
+    x[2, 1:] = -math.inf  # one class is sure
+    target[2] = 0
+    x.requires_grad_()
+    result = token_logprobs(x, target)
+    (dx,) = torch.autograd.grad(result.logprob.sum() + result.entropy.sum(), x)
+    assert result.logprob[1] == 0 and result.entropy[1] == 0 and result.argmax[1] == -1 and (dx[1] == 0).all()
+    assert result.logprob[2] == 0 and result.entropy[2] == 0 and (dx[2] == 0).all()
+
+
+def test_entropy_where_the_maximum_jumps_by_more_than_a_float_holds(library):
+    x = torch.full((1, 5000), -3e38)
+    x[0, 4000] = 3e38
+    assert token_logprobs(x, torch.tensor([4000]))[:2] == (0, 0)
+
+
+def test_the_first_of_equal_classes_is_the_argmax(library):
+    x = torch.zeros(3, 5000)
+    x[1, [4000, 4999]] = 1
+    assert token_logprobs(x, torch.zeros(3, dtype=torch.int64)).argmax.tolist() == [0, 4000, 0]
+
+
+# The public ops under PyTorch's machinery.
+
+
+EVERYTHING = dict(label_smoothing=0.1, z_loss=0.01, softcap=5.0, logit_scale=1.2)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_gradcheck(reduction, library):
-    x, target = make(5, 9, torch.float64)
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, target, reduction=reduction), (x.requires_grad_(),))
+@pytest.mark.parametrize("probs", [False, True], ids=["labels", "probs"])
+def test_gradcheck(reduction, probs, library):
+    x, target = make(5, 9, dtype=torch.float64, probs=probs)
+    weight = torch.rand(9, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in ((x, target) if probs else (x,))]
+    for options in ({}, dict(weight=weight, **EVERYTHING)):
+        assert torch.autograd.gradcheck(lambda *t: cross_entropy(*(t if probs else (*t, target)), reduction=reduction, **options), inputs)  # noqa: B023
+
+
+def test_gradcheck_of_logprobs(library):
+    x, target = make(5, 9, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, target, softcap=5.0, logit_scale=1.2)[:2], (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("permuted", [False, True], ids=["contiguous", "permuted"])
-def test_registration(reduction, permuted, device):
-    x, target = (t.to(device) for t in make(5, 9))
-    x = x.t().contiguous().t() if permuted else x
+@pytest.mark.parametrize("layout", ["rows", "columns", "channels-last"])
+@pytest.mark.parametrize("name", ["plain", "all", "probs-all"])
+def test_registration(reduction, layout, name, device):
+    x, target = (t.to(device) for t in make(5, 9, *([4] if layout == "channels-last" else []), probs="probs" in name))
+    x, weight = lay_out(x, layout), torch.rand(9, device=device) if OPTIONS[name].get("weight") else None
+    options = Options(**{k: v for k, v in OPTIONS[name].items() if k not in ("weight", "probs")})
     ops = torch.ops.minkernels
-    opcheck(ops.cross_entropy_fwd.default, (x, target, -100, reduction, reduction != "none"))
-    loss, stats, _ = ops.cross_entropy_fwd(x, target, -100, reduction, False)
-    opcheck(ops.cross_entropy_bwd.default, (torch.randn_like(loss), x, target, stats, -100, reduction))
+    opcheck(ops.cross_entropy_fwd.default, (x, target, weight, *options, reduction, True, reduction != "none"))
+    opcheck(ops.softmax_grad.default, (x, target, weight, torch.rand(x[:, 0].numel(), 5, device=device), *options))
+    if "probs" not in name:
+        opcheck(ops.softmax_stats.default, (x, target, weight, *options, False, True))
+        opcheck(ops.softmax_stats.default, (x, target, weight, *options, True, False))
     opcheck(ops.scale_.default, (x.clone(), torch.tensor(2.0, device=device)))
 
 
@@ -232,6 +407,44 @@ def test_compile(backend, reduction, library):
         x, target = make(N, 11)
         ours = grad_of(lambda x: compiled(x, target), x, torch.ones(()))  # noqa: B023
         torch.testing.assert_close(ours, grad_of(lambda x: step(x, target), x, torch.ones(())))  # noqa: B023
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_options(backend, library):
+    weight = torch.rand(11)
+
+    def step(x, probs, target):
+        loss = cross_entropy(x * 2, target, weight, **EVERYTHING)
+        loss = loss + cross_entropy(*(t[..., None].expand(-1, -1, 3) for t in (x, probs)))
+        return loss + sum(t.sum() for t in token_logprobs(x, target)[:2])
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=backend)
+    for N in (6, 9):
+        x, target = make(N, 11)
+        probs = torch.rand(N, 11)
+        ours, theirs = (grads_of(lambda x, p: f(x, p, target), (x, probs), torch.ones(())) for f in (compiled, step))  # noqa: B023
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_export(library):
+    class Loss(torch.nn.Module):
+        def forward(self, x, target):
+            return cross_entropy(x, target, label_smoothing=0.1), *token_logprobs(x, target)
+
+    x, target = make(6, 11)
+    exported = torch.export.export(Loss(), (x, target), dynamic_shapes=({0: torch.export.Dim.AUTO}, {0: torch.export.Dim.AUTO}))
+    for N in (6, 9):
+        args = make(N, 11)
+        for a, b in zip(exported.module()(*args), Loss()(*args), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_autocast_does_not_cast(library):
+    x, target = make(4, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cross_entropy(x, target), cross_entropy(x.clone(), target))
+        assert cross_entropy(x, target).dtype == torch.float32
 
 
 def test_functional_transforms(library):
@@ -251,18 +464,42 @@ def test_second_derivative_raises(library):
 
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64)
+P = torch.zeros(4, 7)
 BAD = {
     "not a tensor": (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
-    "rank": (dict(input=X[0]), ValueError, "input must have 2 dimensions (rows, classes), got shape (7,)"),
+    "rank": (dict(input=X[0, 0]), ValueError, "input must have a dimension of classes, got a scalar"),
     "dtype": (dict(input=X.int()), TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int32"),
     "no classes": (dict(input=X[:, :0]), ValueError, "input must have at least one class, got shape (4, 0)"),
-    "target dtype": (dict(target=Y.float()), TypeError, "target must be int64 or int32, got torch.float32"),
-    "target shape": (dict(target=Y[:3]), ValueError, "target must be (N=4,) to fit input (4, 7), got (3,)"),
+    "target dtype": (dict(target=Y.short()), TypeError, "int64, int32 or uint8 labels, or probabilities of a float dtype, got torch.int16"),
+    "target bool": (dict(target=Y.bool()), TypeError, "int64, int32 or uint8 labels, or probabilities of a float dtype, got torch.bool"),
+    "target shape": (dict(target=Y[:3]), ValueError, "target must be (4,) labels to fit input (4, 7), got (3,)"),
+    "float labels": (dict(target=Y.float()), ValueError, "target must be (4, 7) probabilities to fit input (4, 7), got (4,)"),
+    "int probabilities": (dict(target=P.long()), ValueError, "target must be (4,) labels to fit input (4, 7), got (4, 7)"),
     "device": (dict(target=Y.to("meta")), TypeError, "target is on meta, but input is on cpu"),
     "ignore_index": (dict(ignore_index=0.5), TypeError, "ignore_index must be an int, got 0.5"),
+    "ignored probabilities": (
+        dict(target=P, ignore_index=3),
+        ValueError,
+        "ignore_index is for labels, and target is torch.float32 probabilities: got ignore_index=3",
+    ),
     "reduction": (dict(reduction="avg"), ValueError, "reduction must be one of none, mean, sum, got 'avg'"),
+    "empty": (dict(empty="0"), ValueError, "empty must be one of nan, zero, got '0'"),
+    "weight": (dict(weight=torch.ones(6)), ValueError, "weight must be (V=7,), got (6,)"),
+    "weight dtype": (dict(weight=torch.ones(7).int()), TypeError, "weight must be float16, bfloat16, float32 or float64, got torch.int32"),
+    "weight grad": (dict(weight=torch.ones(7, requires_grad=True)), ValueError, "weight requires a gradient, and has none: detach it"),
+    "weight device": (dict(weight=torch.ones(7, device="meta")), TypeError, "weight is on meta, but input is on cpu"),
+    "smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be 0 to 1, got 1.5"),
+    "softcap": (dict(softcap=0.0), ValueError, "softcap must be positive, got 0.0"),
+    "scale": (dict(logit_scale=float("nan")), ValueError, "logit_scale must be finite, got nan"),
+    "z_loss": (dict(z_loss="1"), TypeError, "z_loss must be a number, got '1'"),
     "label too large": (dict(target=Y + torch.tensor([0, 0, 7, 9])), IndexError, "target[2] is 7, out of range for 7 classes (0 to 6)"),
     "negative label": (dict(target=Y - torch.tensor([0, 3, 0, 0])), IndexError, "target[1] is -3, out of range for 7 classes (0 to 6)"),
+    "one label": (dict(input=X[0], target=Y[0] + 8), IndexError, "target is 8, out of range for 7 classes (0 to 6)"),
+    "label in an image": (
+        dict(input=torch.zeros(1, 7, 2, 3), target=torch.tensor([[[0, 0, 0], [0, 9, 0]]])),
+        IndexError,
+        "target[0, 1, 1] is 9, out of range for 7 classes (0 to 6)",
+    ),
 }
 
 
@@ -273,6 +510,20 @@ def test_bad_input(change, error, message, grad, library):
     cross_entropy(**good)
     with pytest.raises(error, match=re.escape(message)):
         cross_entropy(**good | change)
-    if error is IndexError:
+    if error is IndexError and "input" not in change:
         with pytest.raises(error, match=re.escape(message)):
-            reference.fwd(X, change["target"], -100, "mean", False)
+            reference.fwd(X, change["target"], None, *Options(), "mean", False, False)
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        ((X, Y[:3]), ValueError, "target must be (4,) labels to fit input (4, 7), got (3,)"),
+        ((X, P), TypeError, "target must be int64, int32 or uint8 labels, got torch.float32"),
+        ((X, Y + 7), IndexError, "target[0] is 7, out of range for 7 classes (0 to 6)"),
+        ((X[0, 0], Y), ValueError, "input must have at least one class in its last dimension, got shape ()"),
+    ],
+)
+def test_bad_input_of_logprobs(args, error, message, library):
+    with pytest.raises(error, match=re.escape(message)):
+        token_logprobs(*args)

@@ -1,4 +1,4 @@
-"""The Triton cross-entropy kernels against the reference: interpreted on a CPU (TRITON_INTERPRET=1), as they are on a GPU."""
+"""The Triton kernels of the softmax losses against fp64: interpreted on a CPU (TRITON_INTERPRET=1), as they are on a GPU."""
 
 import math
 import os
@@ -6,13 +6,15 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import cross_entropy_cases as cases
+from cross_entropy_cases import LAYOUTS, OPTIONS, REDUCTIONS, grads_of, lay_out, make
 from judge import assert_close
 from minkernels import cross_entropy
 from minkernels.cross_entropy import reference
-from test_cross_entropy import REDUCTIONS, grad_of, make
+from minkernels.cross_entropy._options import Options, coefficients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (INTERPRETED or torch.cuda.is_available()):
@@ -25,95 +27,203 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # interpreted bfloat16 arithmetic is wrong
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
-SHAPES = {  # N rows, V classes; a row of up to 32768 is read once, a longer one twice, in blocks of 16384
-    "one-class": (4, 1),
-    "two": (3, 2),
-    "ragged": (5, 31),
-    "one-block": (4, 4096),  # of the recomputed gradient
-    "block-and-one": (3, 4097),
-    "longest-read-once": (3, 32768),
-    "shortest-read-twice": (3, 32769),
-    "gpt2": (2, 50257),
-    "many-short": (300, 27),
-    "no-rows": (0, 7),
+ALL_TILES = 10**6  # programs that run at once: always too few of them, and a row that is no tile is split
+# Shape, layout, processors, ROWS of the forward's tile and whether it holds whole rows, with the tiles of `small`: 2048 elements, or 1024
+# of heavy options or of positions side by side; 512 where no gradient is wanted; 256 where there are many.
+PATHS = {
+    "one-class": ((4, 1), "rows", 1, 4, True),
+    "short-rows": ((70, 27), "rows", 1, 8, True),
+    "whole": ((3, 900), "rows", 1, 1, True),
+    "one-block": ((2, 256), "rows", 1, 1, True),  # of the recomputed gradient
+    "two-reads": ((2, 2099), "rows", 1, 1, False),
+    "split": ((2, 2099), "rows", ALL_TILES, 1, False),
+    "positions": ((2, 7, 70), "rows", 1, 32, True),
+    "few-positions": ((3, 5, 3), "rows", 1, 4, True),
+    "positions-in-pieces": ((1, 33, 70), "rows", 1, 64, False),
+    "positions-split": ((1, 33, 20), "rows", ALL_TILES, 32, False),
+    "columns": ((70, 13), "columns", 1, 32, True),  # a matrix whose rows lie side by side
+    "channels-last": ((2, 9, 5), "channels-last", 1, 8, True),
 }
 
 
-def check(x, target, reduction, lay_out=lambda t: t):
-    """Loss and both gradients, the early one and the recomputed one, against fp64; the kernels are given NaN in each ignored row."""
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    dloss = torch.rand(len(x) if reduction == "none" else ()) - 0.3
-
-    def loss(x):
-        return F.cross_entropy(x, target.long(), reduction=reduction)
-
-    spoilt = x.masked_fill((target == -100)[:, None], math.nan).to(DEVICE)
-    spoilt, labels = lay_out(spoilt), target.to(DEVICE)
-    actual, stats, early = _triton.fwd(spoilt, labels, -100, reduction, reduction != "none")
-    assert_close(actual.cpu(), loss(x.to(wide)), loss(x.double()), wide, "loss")
-    counted = target != -100
-    exact_stats, plain_stats = (reference.fwd(t, target, -100, reduction, False)[1][counted] for t in (x.double(), x))
-    assert_close(stats.cpu()[counted], plain_stats, exact_stats, wide, "stats")
-    grads = {"recomputed grad": (dloss, _triton.bwd(dloss.to(DEVICE), spoilt, labels, stats, -100, reduction))}
-    if reduction != "none":
-        grads["early grad"] = torch.ones(()), early
-    for name, (upstream, grad) in grads.items():
-        assert grad.dtype == dtype and grad.stride() == torch.empty_like(spoilt).stride(), f"{name}: not what the fake promises"
-        plain, exact = grad_of(loss, x, upstream.to(dtype)), grad_of(loss, x.double(), upstream.double())
-        assert_close(grad.cpu(), plain, exact, dtype, name)
+@pytest.fixture(scope="module")
+def small():
+    """Small tiles, so that small inputs take every path; yields a function that says how many processors there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_triton, "WHOLE", 2048)
+        patch.setattr(_triton, "TILE", 256)
+        yield lambda n: patch.setattr(_triton, "_processors", lambda device: n)
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES.values() if s[0]], ids=[name for name, s in SHAPES.items() if s[0]])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_triton(shape, reduction, dtype):
-    check(*make(*shape, dtype), reduction)
+def check(x, target, options, reduction, layout="rows", **more):
+    cases.check(_triton, x, target, options, reduction, layout, device=DEVICE, **more)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@pytest.fixture
+def merges(monkeypatch):
+    """How many launches merged parts."""
+    kernel, launches = _triton._merge_kernel, []
+
+    class Spy:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(_triton, "_merge_kernel", Spy())
+    return launches
+
+
+CASES = [  # interpreted, float16 meets every path and every option, but half of their pairs: time
+    pytest.param(path, options, dtype, id=f"{path}-{options}-{dtype}")
+    for i, path in enumerate(PATHS) for j, options in enumerate(OPTIONS) for dtype in DTYPES
+    if dtype != torch.float16 or (i + j) % 2 or not INTERPRETED
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, options, dtype", CASES)
+def test_triton(path, options, dtype, small, merges):
+    shape, layout, processors, rows, whole = PATHS[path]
+    small(processors)
+    x, target = make(*shape, dtype=dtype, probs=OPTIONS[options].get("probs", False))
+    placed = lay_out(x, layout)
+    (_, V, D), strides = _triton._sizes(placed), _triton._strides(placed)
+    assert _triton._tile(V, D, strides, _triton.WHOLE // 2, 512)[::2] == (rows, whole), "not the path that is named"
+    for reduction in REDUCTIONS:
+        check(x, target, OPTIONS[options], reduction, layout, what=reduction)
+    assert bool(merges) == (processors == ALL_TILES)
+
+
+@pytest.mark.parametrize("V", [32768, 32769, 50257])  # the longest row of one tile; two reads; and an odd one
+@pytest.mark.parametrize("processors", [1, 132])
+def test_real_tiles(V, processors, monkeypatch):
+    monkeypatch.setattr(_triton, "_processors", lambda device: processors)
+    check(*make(2, V, dtype=torch.float16), {}, "mean")
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    N=st.integers(1, 20), V=st.integers(1, 5000), dtype=st.sampled_from(DTYPES), reduction=st.sampled_from(REDUCTIONS),
-    layout=st.sampled_from(["rows", "columns", "slice", "expanded"]), index=st.sampled_from([torch.int64, torch.int32]),
-    seed=st.integers(0, 2**31),
+    shape=st.tuples(st.integers(1, 8), st.integers(1, 2100)) | st.tuples(st.integers(1, 3), st.integers(1, 50), st.integers(1, 50)),
+    dtype=st.sampled_from(DTYPES), options=st.sampled_from(list(OPTIONS)), reduction=st.sampled_from(REDUCTIONS),
+    layout=st.sampled_from([*LAYOUTS, "channels-last"]), labels=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
+    processors=st.sampled_from([1, 16]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_fuzz(N, V, dtype, reduction, layout, index, seed):
+def test_fuzz(small, shape, dtype, options, reduction, layout, labels, processors, seed):
     torch.manual_seed(seed)
-    x, target = make(N, V, dtype, ignored=layout != "expanded")
-    x = x[:1].expand(N, V) if layout == "expanded" else x
-
-    def lay_out(t):
-        if layout == "columns":
-            return t.t().contiguous().t()
-        if layout == "slice":  # a padded vocabulary: the row stride is not V
-            return t.new_full((N, V + 13), math.nan)[:, 5 : V + 5].copy_(t)
-        return t[:1].expand(N, V) if layout == "expanded" else t
-
-    check(x, target.to(index), reduction, lay_out)
+    small(processors)
+    shape = (shape[0], min(shape[1], 255), *shape[2:]) if labels == torch.uint8 else shape
+    x, target = make(*shape, dtype=dtype, ignored=layout != "expanded", probs=OPTIONS[options].get("probs", False), labels=labels)
+    check(x, target, OPTIONS[options], reduction, layout, draws=2)
 
 
+STATS = {"plain": {}, "softcap": dict(softcap=5.0), "scale": dict(logit_scale=0.7), "negative-scale": dict(logit_scale=-1.5)}
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (70, 27), (3, 300), (2, 1099)], ids=str)
+@pytest.mark.parametrize("options", STATS)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stats(shape, options, layout, dtype, small):
+    x, target = make(*shape, dtype=dtype)
+    for processors in (1, ALL_TILES):
+        small(processors)
+        cases.check_stats(_triton, x, target, STATS[options], layout, DEVICE)
+
+
+@pytest.mark.parametrize("processors", [1, ALL_TILES])
+@pytest.mark.parametrize("shape", [(20, 27), (3, 1500), (1, 50, 40)], ids=str)
+def test_stats_of_a_shard(shape, processors, small):
+    """Every column; labels that name no class of this shard leave rel 0, and a gradient without a label's term."""
+    small(processors)
+    x, target = make(*shape)
+    target.view(-1)[2:5] = torch.tensor([-7, shape[1], 2**40])[: target.numel() - 2]
+    weight, options = torch.rand(shape[1]) + 0.5, Options(label_smoothing=0.1)
+    device = [t.to(DEVICE) for t in (x, target, weight)]
+    for entropy in (False, True):
+        actual, argmax = _triton.stats(*device, *options, True, entropy)
+        plain, best = reference.stats(x, target, weight, *options, True, entropy)
+        exact, _ = reference.stats(x.double(), target, weight.double(), *options, True, entropy)
+        for i, name in enumerate(["m", "d", "T", "rel", "U", "E"][: exact.shape[1]]):
+            assert_close(actual[:, i].cpu(), plain[:, i], exact[:, i], torch.float32, name)
+        assert torch.equal(argmax.cpu(), best)
+    k = torch.randn(target.numel(), 5).abs()
+    k[:, 0] = plain[:, 0]
+    actual = _triton.grad(*device, k.to(DEVICE), *options)
+    exact = reference.grad(x.double(), target, weight.double(), k.double(), *options)
+    assert_close(actual.cpu(), reference.grad(x, target, weight, k, *options), exact, torch.float32, "gradient")
+
+
+def test_argmax_is_the_first_of_equals(small):
+    x = torch.zeros(5, 3000)
+    x[0, [700, 701, 2500]] = 1.0
+    x[1, [2999]] = 1.0
+    x[2] = -math.inf
+    x[3, :600] = -math.inf
+    target = torch.tensor([0, 0, 0, 0, -100], device=DEVICE)
+    for processors in (1, ALL_TILES):
+        small(processors)
+        argmax = _triton.stats(x.to(DEVICE), target, None, *Options(), False, True)[1]
+        assert argmax.tolist() == [700, 2999, 0, 600, -1]
+
+
+def test_entropy_of_far_logits(small):
+    """A running maximum that moves by more than fp32 holds must not turn 0 into NaN."""
+    x = torch.full((1, 3000), -3e38)
+    x[0, 2000:2002] = 3e38
+    for processors in (1, ALL_TILES):
+        small(processors)
+        m, d, _, rel, _, E = _triton.stats(x.to(DEVICE), torch.tensor([2001], device=DEVICE), None, *Options(), False, True)[0][0]
+        assert (m.item(), d.item(), rel.item(), E.item()) == (torch.tensor(3e38).item(), 2.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("options", ["plain", "all", "probs"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_rows(reduction):
-    x, target = (t.to(DEVICE) for t in make(0, 7))
-    loss, stats, grad = _triton.fwd(x, target, -100, reduction, reduction != "none")
-    torch.testing.assert_close(loss, F.cross_entropy(x, target, reduction=reduction), equal_nan=True)
-    assert (stats.shape == (0, 2) and _triton.bwd(loss, x, target, stats, -100, reduction).shape == grad.shape) or reduction == "none"
+def test_no_rows(options, reduction):
+    probs = OPTIONS[options].get("probs", False)
+    for shape in ((0, 7), (0, 7, 3), (2, 7, 0)):
+        x, target = (t.to(DEVICE) for t in make(*shape, probs=probs))
+        weight, lowered = torch.ones(7, device=DEVICE), Options()
+        loss, stats, grad = _triton.fwd(x, target, weight, *lowered, reduction, False, True)
+        torch.testing.assert_close(loss, F.cross_entropy(x, target, weight, reduction=reduction), equal_nan=True)
+        k = coefficients(loss, x.shape[1], target, weight, stats, lowered, reduction, False)
+        assert stats.shape == (0, 3 if probs else 2) and grad.shape == _triton.grad(x, target, weight, k, *lowered).shape == shape
+        if reduction == "mean":
+            assert _triton.fwd(x, target, weight, *lowered, reduction, True, True)[0] == 0
 
 
-def test_all_ignored():
-    x, target = torch.full((3, 5), math.nan, device=DEVICE), torch.full((3,), -100, device=DEVICE)
-    for reduction in ("mean", "sum"):
-        loss, _, grad = _triton.fwd(x, target, -100, reduction, True)
-        assert (loss == 0 or (reduction == "mean" and loss.isnan())) and (grad == 0).all()
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5), (3, 5000), (2, 5, 3)], ids=str)
+def test_all_ignored(shape, weighted, small):
+    """NaN as in PyTorch, or 0 if that is asked for; the gradient is 0 either way, and what the rows hold reaches nothing."""
+    small(16)
+    x, target = torch.full(shape, math.nan, device=DEVICE), torch.full((shape[0], *shape[2:]), -100, device=DEVICE)
+    weight = torch.ones(shape[1], device=DEVICE) if weighted else None
+    for reduction, empty_zero in (("mean", False), ("mean", True), ("sum", False)):
+        loss, stats, grad = _triton.fwd(x, target, weight, *Options(label_smoothing=0.1), reduction, empty_zero, True)
+        assert loss.isnan() if (reduction, empty_zero) == ("mean", False) else loss == 0
+        assert (grad == 0).all() and (stats == 0).all()
+    stats, argmax = _triton.stats(x, target, weight, *Options(), False, True) if x.dim() == 2 else (stats, torch.tensor(-1))
+    assert (stats == 0).all() and (argmax == -1).all()
 
 
-def test_huge_logits_and_infinities():
+@pytest.mark.parametrize("padding", [0, 3000])  # in one tile, and split
+def test_huge_logits_and_infinities(padding, small):
+    small(16)
     inf = math.inf
     x = torch.tensor([[2.0**24, 2.0**24], [1e30, -1e30], [1e30, 1e30], [-inf, 0.0], [-inf, 0.0], [inf, 0.0], [-inf, -inf], [0.0, math.nan]])
+    x = torch.cat([x, torch.full((8, padding), -inf)], 1)
     target = torch.tensor([0, 0, 1, 0, 1, 0, 1, 0])
-    loss, stats, _ = _triton.fwd(x.to(DEVICE), target.to(DEVICE), -100, "none", False)
+    loss, stats, _ = _triton.fwd(x.to(DEVICE), target.to(DEVICE), None, *Options(), "none", False, False)
     torch.testing.assert_close(loss.cpu(), F.cross_entropy(x, target, reduction="none"), equal_nan=True)
-    grad = _triton.bwd(torch.ones(8, device=DEVICE), x.to(DEVICE), target.to(DEVICE), stats, -100, "none")
-    torch.testing.assert_close(grad[:5].cpu(), grad_of(lambda x: F.cross_entropy(x, target[:5], reduction="sum"), x[:5], torch.ones(())))
+    k = coefficients(torch.ones(8, device=DEVICE), x.shape[1], target.to(DEVICE), None, stats, Options(), "none", False)
+    grad = _triton.grad(x.to(DEVICE), target.to(DEVICE), None, k, *Options()).cpu()
+    expected = grads_of(lambda x: F.cross_entropy(x, target[:5], reduction="sum"), [x[:5]], torch.ones(()))[0]
+    torch.testing.assert_close(grad[:5], expected)
+    early = _triton.fwd(x.to(DEVICE), target.to(DEVICE), None, *Options(), "sum", False, True)[2].cpu()
+    torch.testing.assert_close(early[:5], expected)
+    probs = torch.rand(x.shape)
+    loss = _triton.fwd(x.to(DEVICE), probs.to(DEVICE), None, *Options(), "none", False, False)[0]
+    expected = F.cross_entropy(x, probs, reduction="none")
+    torch.testing.assert_close(loss.cpu(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -121,32 +231,36 @@ def test_the_true_class_of_a_certain_row(dtype):
     """p >= 0.999: its gradient is formed in fp32 and rounded once; subtracting 1 from a stored probability would give 0."""
     x = torch.zeros(1, 8, dtype=dtype, device=DEVICE)
     x[0, 3] = 9.5
-    grad = _triton.fwd(x, torch.tensor([3], device=DEVICE), -100, "sum", True)[2]
+    grad = _triton.fwd(x, torch.tensor([3], device=DEVICE), None, *Options(), "sum", False, True)[2]
     p = x.double().softmax(-1)[0, 3]
     assert p > 0.999 and abs(grad[0, 3].double() - (p - 1)) <= torch.finfo(dtype).eps * (1 - p) + 1e-7  # 1e-7: p itself is fp32
 
 
-@pytest.mark.parametrize("upstream", ["expanded", "uneven"])
-def test_upstream_gradients_of_none(upstream):
+def test_coefficients_of_any_strides():
     x, target = (t.to(DEVICE) for t in make(6, 11))
-    dloss = torch.tensor(0.7, device=DEVICE).expand(6) if upstream == "expanded" else torch.randn(12, device=DEVICE)[::2]
-    stats = _triton.fwd(x, target, -100, "none", False)[1]
-    expected = grad_of(lambda x: F.cross_entropy(x, target, reduction="none"), x, dloss)
-    torch.testing.assert_close(_triton.bwd(dloss, x, target, stats, -100, "none"), expected)
+    k = torch.rand(6, 5, device=DEVICE)
+    expected = _triton.grad(x, target, None, k, *Options())
+    assert torch.equal(_triton.grad(x, target, None, k.t().contiguous().t(), *Options()), expected)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the device assert ends the process")
-def test_label_out_of_range_reads_nothing():
+@pytest.mark.parametrize("processors", [1, 16])
+def test_label_out_of_range_reads_nothing(processors, small):
     """The interpreter drops the device assert (test_aot.py finds it in the PTX); the loss is then NaN. 2**40 would be a crash."""
-    loss, _, _ = _triton.fwd(torch.zeros(3, 5), torch.tensor([0, 2**40, -1]), -100, "none", False)
-    assert loss[0].isfinite() and loss[1:].isnan().all()
+    small(processors)
+    x, target = torch.zeros(3, 3000), torch.tensor([0, 2**40, -1])
+    loss, _, grad = _triton.fwd(x, target, torch.ones(3000), *Options(label_smoothing=0.1), "none", False, True)
+    assert loss[0].isfinite() and loss[1:].isnan().all() and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("layout", ["rows", "columns", "slice"])
+@pytest.mark.parametrize("layout", ["rows", "columns", "slice", "volume", "permuted", "scalar"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale(layout, dtype):
     x = torch.randn(70, 100, device=DEVICE).to(dtype)  # more than one block of 4096
-    x = {"rows": x, "columns": x.T, "slice": x[:, 3:90]}[layout]
+    if layout in ("volume", "permuted"):
+        x = x.reshape(7, 10, 100).movedim(-1, 1)
+    cut = {"columns": lambda: x.T, "slice": lambda: x[:, 3:90], "permuted": lambda: x[1:, :, 2:], "scalar": lambda: x[0, 0]}
+    x = cut.get(layout, lambda: x)()
     expected = (x.float() * 0.3).to(dtype)
     _triton.scale_(x, torch.tensor(0.3, device=DEVICE))
     torch.testing.assert_close(x, expected, rtol=0, atol=0)
@@ -161,29 +275,30 @@ def test_scale_of_one_touches_nothing():
 
 def test_offsets_past_2_to_31():
     """The last rows and columns lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
-    x, target = (t.to(DEVICE) for t in make(2, 70, torch.float16))
-    expected = _triton.fwd(x, target, -100, "none", False)[0]
+    x, target = (t.to(DEVICE) for t in make(2, 70, dtype=torch.float16))
+    expected = _triton.fwd(x, target, None, *Options(), "none", False, False)[0]
     for strides in ((2**31 + 8, 1), (1, 2**25)):
-        far = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=DEVICE)
-        assert torch.equal(_triton.fwd(far.copy_(x), target, -100, "none", False)[0], expected)
+        far = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=DEVICE).copy_(x)
+        assert torch.equal(_triton.fwd(far, target, None, *Options(), "none", False, False)[0], expected)
 
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("shape", [(500, 30000), (200, 60000)])
+@pytest.mark.parametrize("shape", [(500, 30000), (200, 60000), (3, 60000), (4, 21, 10000)])
 def test_same_bits_every_time(shape):
-    x, target = (t.to(DEVICE) for t in make(*shape, torch.bfloat16))
-    results = [_triton.fwd(x, target, -100, "mean", True) for _ in range(3)]
+    x, target = (t.to(DEVICE) for t in make(*shape, dtype=torch.bfloat16))
+    results = [_triton.fwd(x, target, None, *Options(), "mean", False, True) for _ in range(3)]
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("shape", [(50, 1000), (2, 60000)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)  # the gradient written early, and recomputed
-def test_cuda_graph(dtype):
+def test_cuda_graph(dtype, shape):
     """Loss and gradient are captured, and follow their inputs when replayed."""
-    x, target = (t.to(DEVICE) for t in make(50, 1000, dtype))
+    x, target = (t.to(DEVICE) for t in make(*shape, dtype=dtype))
     x.requires_grad_()
 
     def step():

@@ -2,17 +2,22 @@
 
 from minkernels._info import info
 from minkernels.attention.ops import attention, attention_varlen, merge_attention
-from minkernels.cross_entropy.ops import cross_entropy
+from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
+from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "TokenLogprobs",
     "attention",
     "attention_varlen",
     "bce_dice_loss",
     "bce_with_logits",
     "cross_entropy",
     "info",
+    "linear_cross_entropy",
+    "linear_token_logprobs",
     "merge_attention",
     "sigmoid_focal_loss",
+    "token_logprobs",
 ]

@@ -1,10 +1,5 @@
 // What the options do to a tile of scores: which keys a query sees, softcap, bias, mask, dropout. Rows are a query's, columns packed keys.
 
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-
 // fp32 probabilities cannot be rebuilt from an fp32 lse: at lse = 8 its rounding alone is four of theirs.
 template <class T>
 struct lse_of {
@@ -55,23 +50,6 @@ INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i
     case Dtype::f32: return for_row<const float>(a.bias, s, h, i, j0, keys, read);
     case Dtype::f64: return for_row<const double>(a.bias, s, h, i, j0, keys, read);
   }
-}
-
-// tanh, relative error of a few roundings: Lambert's continued fraction near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
-template <class V>
-INLINE V tanh(V x) {
-  constexpr bool wide = sizeof(x[0]) == 8;
-  V y = x * x, magnitude = x < 0 ? -x : x, numerator, denominator;
-  if constexpr (wide) {
-    numerator = (((y + 990.0) * y + 135135.0) * y + 4729725.0) * y + 34459425.0;
-    denominator = (((y * 45.0 + 13860.0) * y + 945945.0) * y + 16216200.0) * y + 34459425.0;
-  } else {
-    numerator = ((y + 105.0f) * y) + 945.0f;
-    denominator = (y * 15.0f + 420.0f) * y + 945.0f;
-  }
-  V top = V{} + 30, far = magnitude > top ? top : magnitude;  // 1 from there on
-  far = 1 - 2 / (exp2(far * decltype(x[0] + x[0])(2 * LOG2E)) + 1);
-  return magnitude < decltype(x[0] + x[0])(0.625) ? x * numerator / denominator : (x < 0 ? -far : far);
 }
 
 // A row of n products q k as scores in log2 units, by: what they are multiplied by to become so.

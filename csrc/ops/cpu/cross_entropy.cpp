@@ -1,7 +1,8 @@
-// The cross-entropy operators on CPU tensors: labels checked, rows shared out. The arithmetic is in cross_entropy_kernel.h.
+// The softmax operators on CPU tensors: labels checked, rows shared out. The arithmetic is in cross_entropy_kernel.h.
 #include "cross_entropy.h"
 
 #include <optional>
+#include <vector>
 
 #include "runtime.h"
 
@@ -10,88 +11,179 @@
 
 namespace minkernels {
 
-static constexpr CrossEntropyKernels (*kernels_at[])(Dtype) = LEVELS(cross_entropy_kernels);
+using Maybe = std::optional<Tensor>;
 
-static CrossEntropy arguments(const Tensor& input, const Tensor& target, const Tensor& stats, int64_t ignore_index) {
-  CrossEntropy a;
-  a.logits = (const char*)input.data_ptr(), a.row = input.stride(0), a.column = input.stride(1);
-  a.N = input.size(0), a.V = input.size(1);
-  a.target = (const char*)target.data_ptr(), a.target_stride = target.stride(0);
-  a.target_is_int32 = target.element_size() == 4;
-  a.ignore_index = ignore_index, a.stats = (char*)stats.data_ptr();
+static constexpr SoftmaxKernels (*kernels_at[])(Dtype) = LEVELS(softmax_kernels);
+
+static bool is_label(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Long || t.scalar_type() == ScalarType::Int || t.scalar_type() == ScalarType::Byte;
+}
+
+// (N, V) as (N, V, 1), or, where its rows lie side by side, as (1, V, N).
+static Volume volume(const Tensor& t, bool columns) {
+  Volume v{(char*)t.data_ptr(), 0, t.stride(1), 0, dtype_of(t)};
+  if (t.dim() == 3)
+    v.batch = t.stride(0), v.position = t.stride(2);
+  else
+    (columns ? v.position : v.batch) = t.stride(0);
+  return v;
+}
+
+struct Options {
+  int64_t ignore_index;
+  double smoothing, z_loss, softcap, scale;
+};
+
+static Softmax arguments(const Tensor& input, const Tensor& target, const Maybe& weight, const Options& x) {
+  Softmax a;
+  bool columns = input.dim() == 2 && input.stride(0) == 1 && input.size(0) > 1 && input.stride(1) != 1;
+  a.logits = volume(input, columns);
+  a.B = columns ? 1 : input.size(0), a.V = input.size(1), a.D = columns ? input.size(0) : input.dim() == 3 ? input.size(2) : 1;
+  if (is_label(target)) {
+    a.target = (const char*)target.data_ptr(), a.label_bytes = int(target.element_size());
+    a.target_batch = columns ? 0 : target.stride(0);
+    a.target_position = columns ? target.stride(0) : target.dim() == 2 ? target.stride(1) : 0;
+  } else {
+    a.probs = volume(target, columns);
+  }
+  a.weight_sum = double(a.V);
+  if (weight) {
+    a.weight = (const char*)weight->data_ptr(), a.weight_sum = 0;
+    bool wide = dtype_of(*weight) == Dtype::f64;
+    for (int64_t i = 0; i < a.V; i++) a.weight_sum += wide ? ((const double*)a.weight)[i] : ((const float*)a.weight)[i];
+  }
+  a.ignore_index = x.ignore_index, a.smoothing = x.smoothing, a.z_loss = x.z_loss, a.softcap = x.softcap, a.scale = x.scale;
   return a;
 }
 
-static void want_grad(CrossEntropy& a, const Tensor& grad) {
-  a.grad = (char*)grad.data_ptr(), a.grad_row = grad.stride(0), a.grad_column = grad.stride(1);
-  advise_huge_pages(a.grad, grad.numel() * grad.element_size());
+static void want_grad(Softmax& a, const Tensor& grad) {
+  bool columns = grad.dim() == 2 && a.D > 1;
+  a.grad = volume(grad, columns);
+  advise_huge_pages(a.grad.data, grad.numel() * grad.element_size());
 }
 
-static int64_t count(const CrossEntropy& a) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < a.N; i++) n += a.label(i) != a.ignore_index;
-  return n;
-}
+// What the labels alone tell: the first row whose label names no class, or -1; how many rows count, and the sum of their weights.
+struct Labels {
+  int64_t bad = -1;
+  double count = 0, weight = 0;
+};
 
-template <class F>
-static void run_rows(const CrossEntropy& a, F f) {
-  constexpr int64_t elements = 1 << 15;  // of a task: short rows go in groups
-  int64_t rows = std::max<int64_t>(elements / a.V, 1);
-  run_tasks((a.N + rows - 1) / rows, 0, [&](int64_t task, char*) { f(task * rows, std::min((task + 1) * rows, a.N)); });
-}
-
-// Sums in double, in the order of the rows.
-template <class A>
-static void reduce(const char* losses, int64_t n, double factor, char* out) {
-  double sum = 0;
-  for (int64_t i = 0; i < n; i++) sum += ((const A*)losses)[i];
-  *(A*)out = A(sum * factor);
-}
-
-// Returns the first row whose label names no class, before anything is written; -1 if there is none.
-static int64_t cross_entropy_fwd(Tensor input, Tensor target, int64_t ignore_index, int64_t reduction, Tensor loss, Tensor stats,
-                                 std::optional<Tensor> grad) {
-  CrossEntropy a = arguments(input, target, stats, ignore_index);
-  for (int64_t i = 0; i < a.N; i++)
-    if (a.label(i) != ignore_index && (a.label(i) < 0 || a.label(i) >= a.V)) return i;
-  double mean = Reduction(reduction) == Reduction::mean ? 1.0 / double(count(a)) : 1.0;
-  if (grad) {
-    want_grad(a, *grad);
-    a.factor = mean;
+static Labels check_labels(const Softmax& a) {
+  constexpr int64_t rows = 1 << 15;  // of a task
+  if (!a.target) return {-1, double(a.rows()), double(a.rows())};
+  std::vector<Labels> parts((a.rows() + rows - 1) / rows);
+  run_tasks(parts.size(), 0, [&](int64_t task, char*) {
+    Labels part;
+    for (int64_t i = task * rows, b = i / a.D, s = i % a.D; i < std::min((task + 1) * rows, a.rows()); i++) {
+      int64_t label = a.label(b, s);
+      if (++s == a.D) s = 0, b++;
+      if (label == a.ignore_index) continue;
+      if (uint64_t(label) >= uint64_t(a.V)) {
+        part.bad = i;
+        break;
+      }
+      part.count += 1;
+      if (a.weight) part.weight += a.logits.dtype == Dtype::f64 ? ((const double*)a.weight)[label] : ((const float*)a.weight)[label];
+    }
+    parts[task] = part;
+  });
+  Labels all;
+  for (const Labels& part : parts) {
+    all.count += part.count, all.weight += part.weight;
+    if (part.bad >= 0 && all.bad < 0) all.bad = part.bad;
   }
-  Dtype dtype = dtype_of(input);
-  CrossEntropyKernels kernels = kernels_at[level()](dtype);
-  Memory losses;
-  if (Reduction(reduction) == Reduction::none)
-    a.loss = (char*)loss.data_ptr();
+  if (!a.weight) all.weight = all.count;
+  return all;
+}
+
+// Every row, in tasks that depend on the shape alone; the sum of what they return, in their order.
+static double run(Softmax& a, bool rows_only = false) {
+  SoftmaxKernels kernels = kernels_at[level()](a.logits.dtype);
+  constexpr int64_t elements = 1 << 15;  // of a task
+  size_t item = a.logits.dtype == Dtype::f64 ? 8 : 4;
+  int64_t tasks, group = 1, tiles = 1;
+  size_t scratch = ((1 << 17) + (1 << 13)) * item;  // RowScratch, and the exponentials that are kept
+  bool positions = !rows_only && a.D >= 8 && a.logits.position == 1 && a.logits.column != 1;
+  if (positions) {
+    constexpr int64_t in_cache = 1 << 14;  // elements of a block of classes
+    a.class_block = std::min<int64_t>(a.V, 256);
+    a.tile = std::clamp<int64_t>(in_cache / a.class_block / 64 * 64, 64, 512);
+    tiles = (a.D + a.tile - 1) / a.tile, tasks = a.B * tiles;
+    scratch = (a.tile + 64) * (8 + (10 + 2 * a.class_block) * item);
+  } else {
+    group = std::max<int64_t>(elements / a.V, 1);  // short rows go in groups
+    tasks = (a.rows() + group - 1) / group;
+  }
+  std::vector<double> sums(tasks);
+  run_tasks(tasks, scratch, [&](int64_t task, char* memory) {
+    if (positions) {
+      int64_t first = task % tiles * a.tile;
+      sums[task] = kernels.positions(a, task / tiles, first, std::min(a.tile, a.D - first), memory);
+    } else {
+      sums[task] = kernels.rows(a, task * group, std::min((task + 1) * group, a.rows()), memory);
+    }
+  });
+  double sum = 0;
+  for (double part : sums) sum += part;
+  return sum;
+}
+
+// Returns the first row whose label names no class, before anything is written; -1 if there is none. divisor: of the mean, where these
+// rows are a part of it. grad may be input.
+static int64_t cross_entropy_fwd(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss,
+                                 double softcap, double scale, int64_t reduction, std::optional<double> divisor, bool empty_zero,
+                                 Tensor loss, Tensor stats, Maybe grad) {
+  Softmax a = arguments(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale});
+  Labels labels = check_labels(a);
+  if (labels.bad >= 0) return labels.bad;
+  double sum_of_weights = divisor ? *divisor : labels.weight;
+  if (Reduction(reduction) == Reduction::mean) a.factor = 1 / (empty_zero && sum_of_weights == 0 ? 1 : sum_of_weights);
+  if (grad) want_grad(a, *grad);
+  a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
+  bool each = Reduction(reduction) == Reduction::none;
+  if (each) a.loss = (char*)loss.data_ptr();
+  double sum = run(a) * a.factor;
+  if (each) return -1;
+  if (a.logits.dtype == Dtype::f64)
+    *(double*)loss.data_ptr() = sum;
   else
-    losses = allocate(a.N * stats.element_size()), a.loss = losses.get();
-  run_rows(a, [&](int64_t first, int64_t last) { kernels.forward(a, first, last); });
-  if (losses) (dtype == Dtype::f64 ? reduce<double> : reduce<float>)(a.loss, a.N, mean, (char*)loss.data_ptr());
+    *(float*)loss.data_ptr() = float(sum);
   return -1;
 }
 
-static void cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor stats, int64_t ignore_index, int64_t reduction,
-                              Tensor grad) {
-  CrossEntropy a = arguments(input, target, stats, ignore_index);
+// As many columns of statistics as stats has; a label that names no class is of another shard if shard is set.
+static int64_t softmax_stats(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss,
+                             double softcap, double scale, bool shard, Tensor stats, Maybe argmax) {
+  Softmax a = arguments(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale});
+  Labels labels = check_labels(a);
+  if (labels.bad >= 0 && !shard) return labels.bad;
+  a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
+  if (argmax) a.argmax = (int64_t*)argmax->data_ptr();
+  run(a, true);
+  return -1;
+}
+
+static void softmax_grad(Tensor input, Tensor target, Maybe weight, Tensor coefficients, int64_t ignore_index, double smoothing,
+                         double z_loss, double softcap, double scale, Tensor grad) {
+  Softmax a = arguments(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale});
   want_grad(a, grad);
-  a.dloss = (const char*)dloss.data_ptr(), a.dloss_stride = dloss.dim() ? dloss.stride(0) : 0;
-  if (Reduction(reduction) == Reduction::mean) a.factor = 1.0 / double(count(a));
-  CrossEntropyKernels kernels = kernels_at[level()](dtype_of(input));
-  run_rows(a, [&](int64_t first, int64_t last) { kernels.backward(a, first, last); });
+  a.coefficients = (const char*)coefficients.data_ptr();
+  run(a);
 }
 
 }  // namespace minkernels
 
+#define OPTIONS "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale, "
+
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def(
-      "_cross_entropy_fwd(Tensor input, Tensor target, int ignore_index, int reduction, Tensor(a!) loss, Tensor(b!) stats, "
-      "Tensor(c!)? grad) -> int");
-  m.def(
-      "_cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor stats, int ignore_index, int reduction, Tensor(a!) grad) "
-      "-> ()");
+  m.def("_cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, " OPTIONS
+        "int reduction, float? divisor, bool empty_zero, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? grad) -> int");
+  m.def("_softmax_stats(Tensor input, Tensor target, Tensor? weight, " OPTIONS "bool shard, Tensor(a!) stats, Tensor(b!)? argmax) -> int");
+  m.def("_softmax_grad(Tensor input, Tensor target, Tensor? weight, Tensor coefficients, " OPTIONS "Tensor(a!) grad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
   m.impl("_cross_entropy_fwd", TORCH_BOX(&minkernels::cross_entropy_fwd));
-  m.impl("_cross_entropy_bwd", TORCH_BOX(&minkernels::cross_entropy_bwd));
+  m.impl("_softmax_stats", TORCH_BOX(&minkernels::softmax_stats));
+  m.impl("_softmax_grad", TORCH_BOX(&minkernels::softmax_grad));
 }

@@ -1,124 +1,112 @@
-// Cross-entropy on one level. A row is read once from memory, in blocks that give the maximum and the sum of exponentials; the gradient
-// is a second sweep, out of the cache. exp(x - max) and not exp2(x * log2e - ...): two logits of 2**24 must stay equal.
+// Softmax losses on one level. exp(z - max) and not exp2(z * log2e - ...): two logits of 2**24 must stay equal.
 // Source: Online normalizer calculation for softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
 
-template <class A>
-struct Block {
-  static constexpr int64_t columns = 2048;  // 8 kB of float, in L1
-  static constexpr int step = 4 * vector<A>::lanes;
-  A x[columns + step];
-  int64_t n = 0;  // up to a whole number of steps, the rest -inf
+constexpr int COEFFICIENTS = 5;
+constexpr int PAD = 64;  // elements that a vector loop may pass the end by
 
-  template <class T>
-  void read(const T* from, int64_t stride, int64_t count) {
-    widen_row(x, from, stride, count);
-    for (int i = 0; i < step; i += vector<A>::lanes) store(x + count + i, splat(A(-__builtin_inf())));
-    n = (count + step - 1) / step * step;
-  }
+// What the first pass leaves of a row, in the order of stats: m the largest z; d = sum exp(z - m); T = sum c; rel = m - z[label];
+// U = sum c (m - z); E = sum exp(z - m) (m - z). c are the weights, times the probabilities where the targets are such.
+template <class A>
+struct Row {
+  A m = -__builtin_inf(), d = 0, T = 0, rel = 0, U = 0, E = 0;
+  int64_t argmax = 0;
+};
+
+// d loss / dz[j] = exp(z[j] - m) (P + Q (m - z[j])) - S c[j] - H [j == label].
+template <class A>
+struct Coefficients {
+  A m, P, Q, H, S;
 };
 
 template <class A>
-INLINE vec<A> exp_below(vec<A> x, vec<A> max) {  // e**(x - max)
-  return exp2((x - max) * splat(A(1.4426950408889634)));
+INLINE vec<A> exp_of(vec<A> x) {
+  return exp2(x * splat(A(LOG2E)));
+}
+template <class A>
+INLINE A exp_of(A x) {
+  return exp_of<A>(splat(x))[0];
 }
 
-// max and sum of exp(x - max) over a row, whose last block is left as exp(x - max). Where every logit so far is -inf or NaN, the shift is
-// 0: it gives 0 or NaN, not inf - inf.
-template <class T>
-static void row_stats(const CrossEntropy& a, const T* row, Block<acc_t<T>>& block, acc_t<T>& max_out, acc_t<T>& sum_out) {
-  using A = acc_t<T>;
+// Logits to z, n of them and up to a register more.
+template <class A>
+static void transform(const Softmax& a, A* z, int64_t n) {
   constexpr int L = vector<A>::lanes;
-  constexpr A inf = __builtin_inf();
-  A top = -inf, sum = 0;
-  for (int64_t j = 0; j < a.V; j += block.columns) {
-    block.read(row + j * a.column, a.column, a.V - j < block.columns ? a.V - j : block.columns);
-    vec<A> m[4] = {splat(top), splat(top), splat(top), splat(top)}, s[4] = {};
-    for (int64_t i = 0; i < block.n; i += block.step)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) m[u] = max(load(block.x + i + u * L), m[u]);
-    A new_top = lanes_max(max(max(m[0], m[1]), max(m[2], m[3])));
-    vec<A> shift = splat(new_top > -inf ? new_top : A(0));
-    for (int64_t i = 0; i < block.n; i += block.step)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) {
-        vec<A> e = exp_below<A>(load(block.x + i + u * L), shift);
-        store(block.x + i + u * L, e), s[u] += e;
-      }
-    sum = sum * exp_below<A>(splat(top), shift)[0] + lanes_sum((s[0] + s[1]) + (s[2] + s[3]));
-    top = new_top;
-  }
-  max_out = top, sum_out = sum;
-}
-
-// grad = factor (softmax - one hot); the label's own element is formed from its logit and stored once more, last. A row of one block
-// that row_stats() has just left there is not read again.
-template <class T>
-static void row_grad(const CrossEntropy& a, const T* row, Block<acc_t<T>>& block, bool is_there, T* grad, int64_t label, acc_t<T> top,
-                     acc_t<T> sum, acc_t<T> factor) {
-  using A = acc_t<T>;
-  constexpr int L = vector<A>::lanes;
-  vec<A> shift = splat(top), by = splat(factor / sum);
-  if (is_there) narrow_row(grad, a.grad_column, block.x, a.V, factor / sum);
-  for (int64_t j = is_there ? a.V : 0; j < a.V; j += block.columns) {
-    int64_t n = a.V - j < block.columns ? a.V - j : block.columns;
-    block.read(row + j * a.column, a.column, n);
-    for (int64_t i = 0; i < block.n; i += block.step)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) store(block.x + i + u * L, exp_below<A>(load(block.x + i + u * L), shift) * by);
-    narrow_row(grad + j * a.grad_column, a.grad_column, block.x, n, A(1));
-  }
-  A p = exp_below<A>(splat(widen(row[label * a.column])), shift)[0] / sum;
-  narrow((p - 1) * factor, grad[label * a.grad_column]);
-}
-
-template <class T>
-static void zero_grad(const CrossEntropy& a, T* grad) {
-  for (int64_t j = 0; j < a.V; j++) grad[j * a.grad_column] = T{};
-}
-
-template <class T>
-static void forward_rows(const CrossEntropy& a, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  Block<A> block;
-  for (int64_t i = first; i < last; i++) {
-    const T* row = (const T*)a.logits + i * a.row;
-    T* grad = (T*)a.grad + i * a.grad_row;
-    A *stats = (A*)a.stats + 2 * i, *loss = (A*)a.loss + i;
-    int64_t label = a.label(i);
-    if (label == a.ignore_index) {
-      stats[0] = 0, stats[1] = 1, *loss = 0;
-      if (a.grad) zero_grad(a, grad);
-      continue;
-    }
-    row_stats(a, row, block, stats[0], stats[1]);
-    *loss = A(__builtin_log(double(stats[1])) - (double(widen(row[label * a.column])) - double(stats[0])));
-    if (a.grad) row_grad(a, row, block, a.V <= block.columns, grad, label, stats[0], stats[1], A(a.factor));
+  if (a.softcap > 0) {
+    A in = A(a.scale / a.softcap), out = A(a.softcap);
+    for (int64_t i = 0; i < n; i += L) store(z + i, tanh<vec<A>>(load(z + i) * in) * out);
+  } else if (a.scale != 1) {
+    for (int64_t i = 0; i < n; i += L) store(z + i, load(z + i) * A(a.scale));
   }
 }
-
-template <class T>
-static void backward_rows(const CrossEntropy& a, int64_t first, int64_t last) {
-  using A = acc_t<T>;
-  Block<A> block;
-  for (int64_t i = first; i < last; i++) {
-    const A* stats = (const A*)a.stats + 2 * i;
-    T* grad = (T*)a.grad + i * a.grad_row;
-    if (a.label(i) == a.ignore_index)
-      zero_grad(a, grad);
-    else
-      row_grad(a, (const T*)a.logits + i * a.row, block, false, grad, a.label(i), stats[0], stats[1],
-               A(((const A*)a.dloss)[i * a.dloss_stride] * a.factor));
-  }
+template <class A>
+static A transformed(const Softmax& a, A x) {
+  A z[vector<A>::lanes] = {x};
+  transform(a, z, 1);
+  return z[0];
 }
 
+// d z / d logit, but for a.scale.
+template <class A>
+INLINE vec<A> slope(const Softmax& a, vec<A> z) {
+  vec<A> t = z * A(1 / a.softcap);
+  return 1 - t * t;
+}
+
+// n targets that are probabilities, smoothed.
+template <class A>
+static void read_probs(const Softmax& a, int64_t offset, int64_t stride, int64_t n, A* to) {
+  switch (a.probs.dtype) {
+    case Dtype::f16: widen_row(to, (const half*)a.probs.data + offset, stride, n); break;
+    case Dtype::bf16: widen_row(to, (const bfloat16*)a.probs.data + offset, stride, n); break;
+    case Dtype::f32: widen_row(to, (const float*)a.probs.data + offset, stride, n); break;
+    case Dtype::f64: widen_row(to, (const double*)a.probs.data + offset, stride, n); break;
+  }
+  A keep = A(1 - a.smoothing), add = A(a.smoothing / double(a.V));
+  if (a.smoothing > 0)
+    for (int64_t i = 0; i < n; i++) to[i] = to[i] * keep + add;
+}
+
+INLINE bool weighs_all(const Softmax& a) { return a.probs.data || a.smoothing > 0; }  // whether T, U and S are of use
+
+template <class A>
+INLINE A weight_of(const Softmax& a, int64_t label) {
+  return a.weight && a.target ? ((const A*)a.weight)[label] : A(1);
+}
+
+template <class A>
+static double row_loss(const Softmax& a, const Row<A>& r, A w) {
+  double log_d = __builtin_log(double(r.d)), lse = double(r.m) + log_d;
+  double loss = a.probs.data ? double(r.T) * log_d + r.U : (1 - a.smoothing) * w * (log_d + r.rel);
+  if (!a.probs.data && a.smoothing > 0) loss += a.smoothing / double(a.V) * (a.weight_sum * log_d + r.U);
+  return a.z_loss != 0 ? loss + a.z_loss * w * lse * lse : loss;
+}
+
+template <class A>
+static Coefficients<A> row_coefficients(const Softmax& a, const Row<A>& r, A w) {
+  double total = a.probs.data ? double(r.T) : (1 - a.smoothing) * w + a.smoothing / double(a.V) * a.weight_sum;
+  if (a.z_loss != 0) total += 2 * a.z_loss * w * (double(r.m) + __builtin_log(double(r.d)));
+  double H = a.probs.data ? 0 : (1 - a.smoothing) * w, S = a.probs.data ? 1 : a.smoothing / double(a.V);
+  return {r.m, A(a.factor * total / r.d), 0, A(a.factor * H), A(a.factor * S)};
+}
+
+template <class A>
+static void write_stats(const Softmax& a, int64_t row, const Row<A>& r) {
+  const A all[] = {r.m, r.d, r.T, r.rel, r.U, r.E};
+  for (int64_t i = 0; i < a.stats_columns; i++) ((A*)a.stats)[row * a.stats_columns + i] = all[i];
+  if (a.argmax) a.argmax[row] = r.argmax;
+}
+
+#include "cross_entropy_rows.h"
+#include "cross_entropy_positions.h"
+
 template <class T>
-constexpr CrossEntropyKernels row_kernels{forward_rows<T>, backward_rows<T>};
-static CrossEntropyKernels cross_entropy_kernels(Dtype dtype) {
+constexpr SoftmaxKernels softmax_kernels_of{all_rows<T>, all_positions<T>};
+static SoftmaxKernels softmax_kernels(Dtype dtype) {
   switch (dtype) {
-    case Dtype::f16: return row_kernels<half>;
-    case Dtype::bf16: return row_kernels<bfloat16>;
-    case Dtype::f32: return row_kernels<float>;
-    case Dtype::f64: return row_kernels<double>;
+    case Dtype::f16: return softmax_kernels_of<half>;
+    case Dtype::bf16: return softmax_kernels_of<bfloat16>;
+    case Dtype::f32: return softmax_kernels_of<float>;
+    case Dtype::f64: return softmax_kernels_of<double>;
   }
   return {};
 }

@@ -34,6 +34,8 @@ INLINE vec<C> splat(C x) {
   return x - vec<C>{};  // x - 0 is x for every x, -0 and NaN too: one broadcast
 }
 
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE f32 max(f32 a, f32 b) {
 #if LEVEL_BYTES == 64
   return (f32)_mm512_max_ps((__m512)a, (__m512)b);
@@ -88,12 +90,18 @@ INLINE float lanes_sum(f32 v) { return fold_sum<float>(v); }
 INLINE float lanes_max(f32 v) { return fold_max<float>(v); }
 #endif
 
-// 2**x for x <= 127, relative error under 1.5e-7; exactly 0 below -126.5, so -inf gives 0. Round x to n by the magic number, whose low
-// bits then hold n; a minimax polynomial of degree 6 (Remez, relative error 1.9e-9) on x - n; 2**n made in the exponent field.
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
+
+// 2**x, relative error under 1.5e-7; 0 for -inf, and NaN stays. A minimax polynomial of degree 6 (Remez, relative error 1.9e-9) on x - n,
+// times 2**n: by vscalefps, or, for x <= 127 and exactly 0 below -126.5, through the magic number whose addition rounds x to n.
 INLINE f32 exp2(f32 x) {
+#if LEVEL_BYTES == 64
+  f32 r = (f32)_mm512_reduce_ps((__m512)x, 0);  // x - n; 0 for infinities
+#else
   const f32 magic = splat(12582912.0f);  // 1.5 * 2**23
   x = max(splat(-127.0f), x);            // in this order a NaN stays
   f32 t = x + magic, r = x - (t - magic);
+#endif
   f32 p = splat(1.53458122e-4f);
   p = p * r + splat(1.33999312e-3f);
   p = p * r + splat(9.61848896e-3f);
@@ -101,7 +109,11 @@ INLINE f32 exp2(f32 x) {
   p = p * r + splat(2.40226469e-1f);
   p = p * r + splat(6.93147206e-1f);
   p = p * r + splat(1.0f);
+#if LEVEL_BYTES == 64
+  return (f32)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
+#else
   return p * (f32)(((i32)t << 23) + 0x3f800000);
+#endif
 }
 INLINE f64 exp2(f64 x) {                        // the same in double: degree 12, relative error 4e-20 before rounding; 0 below -1022.5
   const f64 magic = splat(6755399441055744.0);  // 1.5 * 2**52
@@ -121,6 +133,46 @@ INLINE f64 exp2(f64 x) {                        // the same in double: degree 12
   p = p * r + splat(6.93147180559945308e-1);
   p = p * r + splat(1.0);
   return p * (f64)(((i64)t << 52) + 0x3ff0000000000000);
+}
+
+// tanh, relative error of a few roundings: Lambert's continued fraction near 0, where 1 - 2 / (exp(2 x) + 1) would cancel.
+template <class V>
+INLINE V tanh(V x) {
+  constexpr bool wide = sizeof(x[0]) == 8;
+  V y = x * x, magnitude = x < 0 ? -x : x, numerator, denominator;
+  if constexpr (wide) {
+    numerator = (((y + 990.0) * y + 135135.0) * y + 4729725.0) * y + 34459425.0;
+    denominator = (((y * 45.0 + 13860.0) * y + 945945.0) * y + 16216200.0) * y + 34459425.0;
+  } else {
+    numerator = ((y + 105.0f) * y) + 945.0f;
+    denominator = (y * 15.0f + 420.0f) * y + 945.0f;
+  }
+  V top = V{} + 30, far = magnitude > top ? top : magnitude;  // 1 from there on
+  far = 1 - 2 / (exp2(far * decltype(x[0] + x[0])(2 * LOG2E)) + 1);
+  return magnitude < decltype(x[0] + x[0])(0.625) ? x * numerator / denominator : (x < 0 ? -far : far);
+}
+
+// The natural logarithm of x >= 1, inf or NaN (what a sum of exponentials is), within 1.5 roundings: the exponent, and Cephes' polynomial
+// in r = x / 2**n - 1.
+INLINE f32 log(f32 x) {
+  i32 bits = (i32)x - 0x3f3504f3;  // of sqrt(1/2): r is -0.293 to 0.414
+  f32 n = __builtin_convertvector(bits >> 23, f32), r = (f32)((bits & 0x7fffff) + 0x3f3504f3) - 1.0f, y = r * r;
+  f32 p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  p = p * r * y - n * 2.12194440e-4f - y * 0.5f + r + n * 0.693359375f;
+  return p + (x - x);  // inf and NaN stay
+}
+INLINE f64 log(f64 x) {
+  f64 y;
+  for (int i = 0; i < vector<double>::lanes; i++) y[i] = __builtin_log(x[i]);
+  return y;
 }
 
 // Conversions of one element, without branches, so that loops over them become vector code. To 16 bits: nearest, ties to even.

@@ -1,163 +1,170 @@
-"""Softmax cross-entropy on a GPU, in plain Triton: one program a row, which forms the loss and its gradient together.
+"""Softmax losses on a GPU, in plain Triton: launchers, and the tiles that they launch. _triton_kernels.py holds the kernels.
 
-A row of up to ONE_READ classes stays in registers and is read once. A longer one is read twice, the second time from its
-end, which is what the L2 cache is the surest to hold still.
+A row that fits into one tile stays in registers and is read once; of a longer one a loss alone takes one read, its gradient two. Rows whose
+positions lie side by side in memory share a tile, and so do short rows. Few and long rows are split over programs, and merged.
 """
+
+import functools
 
 import torch
 import triton
-import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
-INF = tl.constexpr(float("inf"))
-ONE_READ = 32768  # classes
-ASSERT = dict(debug=True, sanitize_overflow=False)  # keeps the device assert of _load_label, and adds no other
-PROGRAMS = 1024  # of _scale_kernel: enough to fill a GPU, few enough to end at once where there is nothing to do
+from minkernels.cross_entropy._options import Options, is_labels, new_loss, new_stats, per_row, row_weights, saved_stats, weighted
+from minkernels.cross_entropy._triton_kernels import PARTIAL, _grad_kernel, _merge_kernel, _scale_kernel, _stats_kernel
 
-
-@triton.jit
-def _load_label(Target, row, stride, V, ignore_index):
-    """The label, whether its row counts, and whether it names a class."""
-    target = tl.load(Target + row * stride)
-    counts, fits = target != ignore_index, (target >= 0) & (target < V)
-    tl.device_assert(fits | (target == ignore_index), "target out of range")
-    return target, counts, fits
+WHOLE = 32768  # elements of the largest tile: half of a processor's registers
+TILE = 4096  # elements of a tile that is one of many
+SIDE_BY_SIDE = 32  # positions at least, 64 bytes of 16-bit logits, in a tile whose positions lie side by side
+MOST_PARTS = 128
+SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to end at once where there is nothing to do
+ASSERT = dict(debug=True, sanitize_overflow=False)  # keeps the device assert on the labels, and adds no other
 
 
-@triton.jit
-def _load(X, offs, stride, V, EVICT: tl.constexpr):
-    return tl.load(X + offs.to(tl.int64) * stride, mask=offs < V, other=-INF, eviction_policy=EVICT).to(tl.float32)
-
-
-@triton.jit
-def _store(X, x, offs, stride, V):
-    tl.store(X + offs.to(tl.int64) * stride, x.to(X.dtype.element_ty), mask=offs < V)
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def _fwd_kernel(
-    X, Target, Count,  # (N, V) logits; (N,) labels; how many rows count, for a mean, or None
-    Loss, Stats,  # (N,) nats, 0 where ignored; (N, 2) the row's maximum and sum of exp(x - maximum); both fp32
-    Grad,  # (N, V) d sum(Loss) / d X, divided by Count for a mean; or None
-    x_strides, target_stride, grad_strides,  # in elements
-    V, ignore_index,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr,  # WHOLE: V <= BLOCK
-):
-    row = tl.program_id(0).to(tl.int64)  # int64: offsets can pass 2**31
-    target, counts, fits = _load_label(Target, row, target_stride, V, ignore_index)
-    X += row * x_strides[0]
-    if Grad is not None:
-        Grad += row * grad_strides[0]
-    tile, blocks = tl.arange(0, BLOCK), 1 if WHOLE else tl.cdiv(V, BLOCK)
-    if counts:
-        if WHOLE:
-            x = _load(X, tile, x_strides[1], V, "evict_first")
-            m = tl.max(x, 0)
-            e = _exp(x - m)
-            d = tl.sum(e, 0)
+def fwd(input, target, weight, *options, divisor=None, out=None):
+    """divisor: what a mean divides by, where these rows are a part of it. out: where the gradient goes, which may be input."""
+    *options, reduction, empty_zero, with_grad = options
+    x, rows, factor = Options(*options), target.numel(), 1.0
+    labels = is_labels(target)
+    if not labels:
+        rows //= input.shape[1]
+    if reduction == "mean" and divisor is None:
+        if labels:
+            w = target != x.ignore_index if weight is None else row_weights(target, weight, x.ignore_index, torch.float32)
+            divisor = weighted(w.sum(), empty_zero)
         else:
-            m, d = float("-inf"), 0.0  # running max of x, and sum of exp(x - m)
-            for i in range(blocks):
-                x = _load(X, i * BLOCK + tile, x_strides[1], V, "evict_last")
-                m_new = tl.maximum(m, tl.max(x, 0))
-                shift = tl.where(m_new == -INF, 0.0, m_new)  # avoid inf - inf
-                d, m = d * _exp(m - shift) + tl.sum(_exp(x - shift), 0), m_new
-        x_label = tl.load(X + target.to(tl.int64) * x_strides[1], mask=fits, other=float("nan")).to(tl.float32)
-        tl.store(Loss + row, m - x_label + tl.log(d))  # in this order, or the log would drown in a large m
-        tl.store(Stats + row * 2, m)
-        tl.store(Stats + row * 2 + 1, d)
-        if Grad is not None:
-            scale = 1.0 if Count is None else 1.0 / tl.load(Count).to(tl.float32)
-            for i in range(blocks):
-                offs = (blocks - 1 - i) * BLOCK + tile
-                if not WHOLE:
-                    e = _exp(_load(X, offs, x_strides[1], V, "evict_first") - m)
-                p = e / d
-                _store(Grad, tl.where(offs == target, p - 1.0, p) * scale, offs, grad_strides[1], V)
-    else:  # ignored, and not even read
-        tl.store(Loss + row, 0.0)
-        tl.store(Stats + row * 2 + tl.arange(0, 2), tl.zeros((2,), tl.float32))
-        if Grad is not None:
-            for i in range(blocks):
-                _store(Grad, tl.zeros((BLOCK,), tl.float32), i * BLOCK + tile, grad_strides[1], V)
-
-
-@triton.jit
-def _bwd_kernel(
-    DLoss, X, Target, Stats, Count, Grad,
-    dloss_stride, x_strides, target_stride, stats_strides, grad_strides,
-    V, ignore_index,
-    BLOCK: tl.constexpr,
-):
-    """Owns BLOCK classes of one row."""
-    blocks = tl.cdiv(V, BLOCK)
-    row, offs = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    target, counts, _ = _load_label(Target, row, target_stride, V, ignore_index)
-    grad = tl.zeros((BLOCK,), tl.float32)
-    if counts:
-        scale = tl.load(DLoss + row * dloss_stride).to(tl.float32)
-        if Count is not None:
-            scale /= tl.load(Count).to(tl.float32)
-        m, d = tl.load(Stats + row * stats_strides[0]), tl.load(Stats + row * stats_strides[0] + stats_strides[1])
-        p = _exp(_load(X + row * x_strides[0], offs, x_strides[1], V, "evict_first") - m) / d
-        grad = tl.where(offs == target, p - 1.0, p) * scale
-    _store(Grad + row * grad_strides[0], grad, offs, grad_strides[1], V)
-
-
-@triton.jit
-def _scale_kernel(X, Scale, strides, rows, cols, BLOCK: tl.constexpr):
-    scale = tl.load(Scale).to(tl.float32)
-    if scale != 1.0:
-        blocks = tl.cdiv(cols, BLOCK)
-        for i in range(tl.program_id(0).to(tl.int64), rows * blocks, tl.num_programs(0)):
-            row, offs = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)
-            ptrs = X + row * strides[0] + offs.to(tl.int64) * strides[1]
-            tl.store(ptrs, (tl.load(ptrs, mask=offs < cols).to(tl.float32) * scale).to(X.dtype.element_ty), mask=offs < cols)
-
-
-def fwd(input, target, ignore_index, reduction, with_grad):
-    N, V = input.shape
-    loss, stats = input.new_empty(N, dtype=torch.float32), input.new_empty((N, 2), dtype=torch.float32)
-    grad = torch.empty_like(input) if with_grad else None
-    count = (target != ignore_index).sum() if reduction == "mean" else None
-    BLOCK = triton.next_power_of_2(V) if V <= ONE_READ else ONE_READ // 2
-    with torch.cuda.device_of(input):
-        _fwd_kernel[(N,)](
-            input, target, count, loss, stats, grad,
-            input.stride(), target.stride(0), grad.stride() if with_grad else (0, 0),
-            V, ignore_index, WHOLE=V <= ONE_READ, BLOCK=BLOCK, num_warps=_num_warps(BLOCK), **ASSERT,
-        )
+            factor = 1 / max(1, rows)
+    loss = new_loss(input, reduction) if reduction == "none" else input.new_empty(rows, dtype=torch.float32)
+    stats, grad = saved_stats(input, target), (torch.empty_like(input) if out is None else out) if with_grad else None
+    _rows(input, target, weight, x, divisor, factor, loss, stats, None, grad, False)
     if reduction != "none":
-        loss = loss.sum() if count is None else loss.sum() / count
+        loss = loss.sum()
+        if reduction == "mean":
+            loss = loss / (divisor if divisor is not None else rows or int(empty_zero))
     return loss, stats, grad if with_grad else input.new_empty(0)
 
 
-def bwd(dloss, input, target, stats, ignore_index, reduction):
-    N, V = input.shape
-    grad = torch.empty_like(input)
-    count = (target != ignore_index).sum() if reduction == "mean" else None
-    BLOCK = min(4096, triton.next_power_of_2(V))
+def stats(input, target, weight, *options):
+    *options, shard, entropy = options
+    stats = new_stats(input, target.numel(), 6 if entropy else 5)
+    argmax = input.new_empty(per_row(input) if entropy else 0, dtype=torch.int64)
+    _rows(input, target, weight, Options(*options), None, 1.0, None, stats, argmax if entropy else None, None, shard)
+    return stats, argmax
+
+
+def grad(input, target, weight, coefficients, *options, out=None):
+    grad = torch.empty_like(input) if out is None else out
     with torch.cuda.device_of(input):
-        _bwd_kernel[(N * triton.cdiv(V, BLOCK),)](
-            dloss, input, target, stats, count, grad,
-            dloss.stride(0) if dloss.dim() else 0, input.stride(), target.stride(0), stats.stride(), grad.stride(),
-            V, ignore_index, BLOCK=BLOCK, num_warps=_num_warps(BLOCK), **ASSERT,
-        )
+        _grad(input, target, weight, coefficients, Options(*options), grad)
     return grad
 
 
 def scale_(x, scale):
-    """x, (N, V), times the scalar that scale holds on the device; where that is 1 nothing is read."""
-    x = x.T if x.stride(0) < x.stride(1) else x
-    rows, cols = (1, x.numel()) if x.is_contiguous() else x.shape
+    """x, of up to three dimensions, times the scalar that scale holds on the device."""
+    if not x.is_contiguous():
+        x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    sizes, strides = ((x.numel(),), (1,)) if x.is_contiguous() else (x.shape, x.stride())
     with torch.cuda.device_of(x):
-        _scale_kernel[(PROGRAMS,)](x, scale, x.stride(), rows, cols, BLOCK=4096)
+        _scale_kernel[(SCALE_PROGRAMS,)](
+            x, scale, (1, 1, 1)[len(sizes) :] + tuple(sizes), (0, 0, 0)[len(sizes) :] + tuple(strides), BLOCK=4096
+        )
 
 
-def _num_warps(BLOCK):
-    return max(1, min(16, BLOCK // 512))
+def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, shard):
+    """Fills all that is not None."""
+    (B, V, D), x_strides = _sizes(input), _strides(input)
+    if B * D == 0:
+        return
+    labels, probs, target_strides, probs_strides = _target(target)
+    heavy = probs is not None or x.label_smoothing > 0 or x.softcap > 0 or argmax is not None
+    most = (WHOLE // 2 if heavy else WHOLE) if grad is not None else WHOLE // 4
+    ROWS, BLOCK, whole = _tile(V, D, x_strides, most, most // 2)
+    tiles, parts, share, scratch = triton.cdiv(D, ROWS), 1, V, None
+    if not whole:
+        blocks = triton.cdiv(V, BLOCK_SPLIT := TILE // ROWS)
+        parts = max(1, min(2 * _processors(input.device) // max(1, B * tiles), MOST_PARTS, blocks))
+        if parts > 1:
+            share = triton.cdiv(blocks, parts)
+            parts, share, BLOCK = triton.cdiv(blocks, share), share * BLOCK_SPLIT, BLOCK_SPLIT
+            scratch = input.new_empty((B * D, parts, PARTIAL.value), dtype=torch.float32)
+    split, num_warps = scratch is not None, _num_warps(ROWS * BLOCK)
+    tensors = input, labels, probs, weight, divisor, loss, stats, argmax
+    shared = dict(x_strides=x_strides, target_strides=target_strides, V=V, D=D, parts=parts, **_numbers(x, V), z_loss=x.z_loss or None)
+    shared |= dict(factor=factor, COLUMNS=stats.shape[1], SHARD=shard, **({} if shard else ASSERT))
+    with torch.cuda.device_of(input):
+        _stats_kernel[B * tiles, parts](
+            *tensors, None if split else grad, scratch, probs_strides=probs_strides,
+            grad_strides=(0, 0, 0) if grad is None else _strides(grad), tiles=tiles, share=share,
+            WHOLE=whole, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps, **_registers(num_warps), **shared,
+        )  # fmt: skip
+        if split:
+            k = None if grad is None else scratch.new_empty((B * D, 5))
+            _merge_kernel[(B * D,)](*tensors, scratch, k, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1, **shared)
+            if grad is not None:
+                _grad(input, target, weight, k, x, grad)
+
+
+def _grad(input, target, weight, coefficients, x, grad):
+    (B, V, D), x_strides = _sizes(input), _strides(input)
+    if B * D == 0:
+        return
+    labels, probs, target_strides, probs_strides = _target(target)
+    ROWS, BLOCK, _ = _tile(V, D, x_strides, TILE, TILE)
+    tiles = triton.cdiv(D, ROWS)
+    _grad_kernel[(B * tiles * triton.cdiv(V, BLOCK),)](
+        input, labels, probs, weight, coefficients, grad,
+        x_strides, target_strides, probs_strides, coefficients.stride(), _strides(grad),
+        V, D, tiles, **_numbers(x, V), ROWS=ROWS, BLOCK=BLOCK, num_warps=_num_warps(ROWS * BLOCK),
+    )  # fmt: skip
+
+
+def _tile(V, D, strides, most, piece):
+    """ROWS and BLOCK, a tile of `most` elements that holds whole rows, or of `piece` elements; and whether it holds whole rows."""
+    block, side_by_side = triton.next_power_of_2(V), D > 1 and 0 < strides[2] < strides[1]
+    rows, most = max(1, TILE // block), most // 2 if side_by_side else most  # what there is of a row takes registers too
+    if side_by_side:
+        rows = max(rows, SIDE_BY_SIDE)
+        if rows * block > most:  # in pieces, and longer runs are to be had
+            rows, piece = 2 * SIDE_BY_SIDE, TILE
+    rows = min(rows, triton.next_power_of_2(D))
+    whole = rows * block <= most
+    return rows, block if whole else piece // rows, whole
+
+
+def _sizes(t):
+    """(B, V, D) of (N, V) as (1, V, N), whose rows may then share a tile, and so (N, V, 1)."""
+    return (1, t.shape[1], t.shape[0]) if t.dim() == 2 or t.shape[2] == 1 else t.shape
+
+
+def _strides(t):
+    return (0, t.stride(1), t.stride(0)) if t.dim() == 2 or t.shape[2] == 1 else t.stride()
+
+
+def _target(target):
+    """Labels or None, their strides; probabilities or None, theirs."""
+    if not is_labels(target):
+        return None, target, (0, 0), _strides(target)
+    return target, None, (0, target.stride(0)) if target.dim() == 1 or target.shape[1] == 1 else target.stride(), (0, 0, 0)
+
+
+def _numbers(x, V):
+    """As the kernels take them: None for an option that is off is compiled away."""
+    if x.softcap:
+        scale, softcap = x.logit_scale / x.softcap, x.softcap
+    else:
+        scale, softcap = None if x.logit_scale == 1 else x.logit_scale, None
+    spread = x.label_smoothing / V if x.label_smoothing else None
+    return dict(ignore_index=x.ignore_index, scale=scale, softcap=softcap, keep=1 - x.label_smoothing, spread=spread)
+
+
+def _num_warps(elements):
+    return max(1, min(16, elements // 512))
+
+
+def _registers(num_warps):
+    """All that a thread may have: else ptxas spills some, to make room for programs that need not come."""
+    return {} if torch.version.hip else dict(maxnreg=min(255, 65536 // (32 * num_warps)))
+
+
+@functools.cache
+def _processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

@@ -1,61 +1,233 @@
-"""Fused softmax cross-entropy: what it promises."""
+"""Fused softmax losses: what they promise."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minkernels._checks import FLOATS, check_floats, check_int, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable
 from minkernels.cross_entropy import reference
+from minkernels.cross_entropy._options import (
+    LABELS,
+    SCHEMA,
+    Options,
+    accumulator,
+    coefficients,
+    is_labels,
+    label_error,
+    new_loss,
+    new_stats,
+    per_row,
+    probs_grad,
+    saved_stats,
+)  # fmt: skip
 
-REDUCTIONS = "none", "mean", "sum"
+EMPTY = "nan", "zero"
 
 
-def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
-    """-log softmax(input)[target], without storing the log-probabilities.
+class TokenLogprobs(NamedTuple):
+    logprob: Tensor  # of the target, nats
+    entropy: Tensor  # of the distribution, nats
+    argmax: Tensor  # the most probable class, int64
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    empty: str = "nan",
+    group=None,
+) -> Tensor:
+    """-log softmax(input)[target], without storing the log-probabilities: F.cross_entropy, and what users add to it.
 
     Shapes: N rows (tokens), V classes.
     Args:
-        input: (N, V) logits in nats: float16, bfloat16, float32, or float64 (CPU only); any strides. Never changed.
-        target: (N,) int64 or int32, each 0 to V - 1 or ignore_index.
-        ignore_index: rows with this target count for nothing: loss 0, gradient 0 whatever the row holds, out of the mean.
-        reduction: "none", "mean" (over the rows that count; NaN if none does, as in PyTorch) or "sum".
-    Returns: the loss in nats, (N,) for "none", else a scalar; float32 for 16-bit logits, else the dtype of the input.
+        input: (N, V), (V,) or (N, V, d1, ...) logits in nats: float16, bfloat16, float32, or float64 (CPU only); any strides. Never
+            changed. Two or more dimensions d1, ... that cannot be viewed as one are copied.
+        target: labels, int64, int32 or uint8, the shape of input without its classes, each 0 to V - 1 or ignore_index; or
+            probabilities, any float dtype, the shape of input, any values, not assumed to sum to 1; they may require a gradient.
+        weight: (V,) of any float dtype, a factor for each class; no gradient.
+        ignore_index: rows with this label count for nothing: loss 0, gradient 0 whatever the row holds, out of the mean. For labels alone.
+        reduction: "none", "mean" or "sum". The mean divides by the weights of the labels that count (NaN if there is none, as in
+            PyTorch), or by the number of rows for probabilities.
+        label_smoothing: s makes the target (1 - s) target + s / V. 0 to 1.
+        z_loss: adds z_loss * lse**2 to each row (times the weight of its label), where lse is the log of the sum of exponentials.
+        softcap: c makes the logits c * tanh(logit_scale * input / c).
+        logit_scale: a factor of the logits, before softcap: one over the temperature.
+        empty: "nan", or "zero": a mean over nothing is 0, and its gradient 0.
+        group: a torch.distributed process group over whose ranks the classes are split, in their order and evenly: input holds the V
+            classes of this rank, target and weight are those of all, the same on every rank. Labels and eager mode alone.
+    Returns: the loss in nats, for "none" in the shape of input without its classes, else a scalar; float32 for 16-bit logits, else
+        the dtype of the input. Deterministic.
     Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices; IndexError
-        on the CPU for a target out of range, naming its row and value (on a GPU, a device assert).
+        on the CPU for a label out of range, naming its place and value (on a GPU, a device assert).
     A scalar loss whose gradient is wanted computes the gradient in the same pass over the logits. Where that pass cannot
     know the upstream gradient well enough (float16 under a loss scale) or is not eager, the backward recomputes it.
     Source: Online normalizer calculation for softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
-    _check(input, target, ignore_index, reduction)
-    if not needs_grad(input):
-        return _fwd(input, target, ignore_index, reduction, False)[0]
-    return apply(_CrossEntropy, input, target, ignore_index, reduction, reduction != "none" and _grad_early(input))[0]
+    _check(input, weight, group)
+    x = options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_target(target, _classes_out(input), input.shape if group is None else None, x, input)
+    check_reduction(reduction)
+    check_empty(empty)
+    rows, flat = _rows(input), _rows(target, 0 if is_labels(target) else 1)
+    weight = None if weight is None else weight.to(accumulator(input)).contiguous()
+    args = rows, flat, weight, *x, reduction, empty == "zero"
+    try:
+        if group is not None:
+            loss = parallel().apply(Shards, flat, weight, x, reduction, empty == "zero", group, rows)
+        elif needs_grad(rows, flat):
+            loss = apply(_CrossEntropy, *args, reduction != "none" and not flat.requires_grad and grad_early(input))[0]
+        else:
+            loss = _fwd(*args, False)[0]
+    except IndexError as error:
+        raise in_place(error, target) from None
+    return loss if reduction != "none" or loss.shape == target.shape else loss.reshape(_classes_out(input))
 
 
-def _check(input, target, ignore_index, reduction):
-    for name, t in (("input", input), ("target", target)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if input.dim() != 2:
-        raise ValueError(f"input must have 2 dimensions (rows, classes), got shape {tuple(input.shape)}")
-    if input.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"input must be float16, bfloat16, float32 or float64, got {input.dtype}")
-    if input.dtype == torch.float64 and input.device.type != "cpu":
-        raise TypeError(f"float64 runs on the CPU only, got input on {input.device}")
-    if input.shape[1] == 0:
+def token_logprobs(
+    input: Tensor, target: Tensor, *, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0
+) -> TokenLogprobs:
+    """The log-probability of each target, the entropy of its distribution and the most probable class, in one pass over the logits.
+
+    Args:
+        input: (..., V) logits in nats: float16, bfloat16, float32, or float64 (CPU only); any strides.
+        target: (...) int64, int32 or uint8, each 0 to V - 1 or ignore_index.
+        ignore_index, softcap, logit_scale: as those of cross_entropy.
+    Returns: (logprob, entropy, argmax), each (...): nats, float32 for 16-bit logits, else the dtype of the input, both
+        differentiable; argmax int64, the first of equals. An ignored row has 0, 0 and -1, and gradient 0 whatever it holds.
+    Raises: as cross_entropy.
+    Source: log p[y] = z[y] - lse and H = lse - sum p z, from the running sums of arXiv:1805.02867.
+    """
+    check_floats("input", input)
+    if input.dim() == 0 or input.shape[-1] == 0:
+        raise ValueError(f"input must have at least one class in its last dimension, got shape {tuple(input.shape)}")
+    x = options(ignore_index, 0.0, 0.0, softcap, logit_scale)
+    check_target(target, input.shape[:-1], None, x, input)
+    rows, flat = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    try:
+        results = apply(_TokenLogprobs, rows, flat, *x) if needs_grad(rows) else _token_logprobs(rows, flat, *x)
+    except IndexError as error:
+        raise in_place(error, target) from None
+    return TokenLogprobs(*(t.reshape(target.shape) for t in results[:3]))
+
+
+def options(ignore_index, label_smoothing, z_loss, softcap, logit_scale) -> Options:
+    """Checked, and as the operators take them."""
+    check_int("ignore_index", ignore_index)
+    for name, number in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
+        check_number(name, number)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be 0 to 1, got {label_smoothing}")
+    if softcap is not None:
+        check_number("softcap", softcap)
+        if softcap <= 0:
+            raise ValueError(f"softcap must be positive, got {softcap}")
+    return Options(ignore_index, float(label_smoothing), float(z_loss), 0.0 if softcap is None else float(softcap), float(logit_scale))
+
+
+def check_target(target, rows, probs, x, *inputs):
+    """rows: the shape that labels have; probs: that of probabilities, or None where there may be none; inputs: what it must fit."""
+    check_tensor("target", target)
+    labels, expected = target.dtype in LABELS, rows
+    if not labels:
+        if probs is None or target.dtype not in FLOATS:
+            more = "" if probs is None else ", or probabilities of a float dtype"
+            raise TypeError(f"target must be int64, int32 or uint8 labels{more}, got {target.dtype}")
+        if x.ignore_index >= 0:
+            raise ValueError(f"ignore_index is for labels, and target is {target.dtype} probabilities: got ignore_index={x.ignore_index}")
+        expected = probs
+    if target.shape != expected:
+        fit = " and ".join(f"{name} {tuple(t.shape)}" for name, t in zip(("input", "linear_weight"), inputs, strict=False))
+        kind = "labels" if labels else "probabilities"
+        raise ValueError(f"target must be {tuple(expected)} {kind} to fit {fit}, got {tuple(target.shape)}")
+    if target.device != inputs[0].device:
+        raise TypeError(f"target is on {target.device}, but input is on {inputs[0].device}")
+
+
+def check_empty(empty):
+    if empty not in EMPTY:
+        raise ValueError(f"empty must be one of {', '.join(EMPTY)}, got {empty!r}")
+
+
+def in_place(error, target):
+    """A label's IndexError with its place in target as the caller gave it."""
+    return label_error(target, error.row, error.classes) if hasattr(error, "row") else error
+
+
+def check_weight(weight, input, V):
+    check_floats("weight", weight)
+    if weight.shape != (V,):
+        raise ValueError(f"weight must be (V={V},), got {tuple(weight.shape)}")
+    if weight.device != input.device:
+        raise TypeError(f"weight is on {weight.device}, but input is on {input.device}")
+    if weight.requires_grad:
+        raise ValueError("weight requires a gradient, and has none: detach it")
+
+
+def _check(input, weight, group):
+    check_floats("input", input)
+    if input.dim() == 0:
+        raise ValueError("input must have a dimension of classes, got a scalar")
+    V = input.shape[min(1, input.dim() - 1)]
+    if V == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be int64 or int32, got {target.dtype}")
-    if target.shape != input.shape[:1]:
-        raise ValueError(f"target must be (N={input.shape[0]},) to fit input {tuple(input.shape)}, got {tuple(target.shape)}")
-    if target.device != input.device:
-        raise TypeError(f"target is on {target.device}, but input is on {input.device}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if weight is not None:
+        check_weight(weight, input, V if group is None else V * world_size(group))
 
 
-def _grad_early(input):
+def world_size(group):
+    from torch import distributed
+
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {group!r}")
+    return distributed.get_world_size(group)
+
+
+def parallel():
+    """Imported at the first use: torch.distributed takes its time."""
+    from minkernels.cross_entropy._parallel import Parallel
+
+    return Parallel
+
+
+class Shards:
+    """What _parallel.py asks of this op."""
+
+    @staticmethod
+    def classes(input):
+        return input.shape[1]
+
+    @staticmethod
+    def stats(target, weight, x, input):
+        return softmax_stats(input, target, weight, *x, True, False)[0]
+
+    @staticmethod
+    def grads(k, target, weight, x, wanted, group, input):
+        return (softmax_grad(input, target, weight, k, *x),)
+
+
+def _classes_out(input):
+    """The shape of one value a row: (V,) has one row, (N, V, d1, ...) has N d1 ..."""
+    return () if input.dim() == 1 else (input.shape[0], *input.shape[2:])
+
+
+def _rows(t, classes=1):
+    """(N, V), or (N, V, D); of labels, classes=0, (N,) or (N, D)."""
+    if t.dim() < 1 + classes:
+        return t[None]
+    return t.flatten(1 + classes) if t.dim() > 2 + classes else t
+
+
+def grad_early(input):
     """Whether the forward may write the gradient for an upstream of 1, to be scaled later: float16 would underflow before a
     GradScaler's factor came; a compiled graph or a functorch transform recomputes, since it cannot hand the same buffer on."""
     if input.dtype == torch.float16 or torch.compiler.is_compiling():
@@ -63,33 +235,48 @@ def _grad_early(input):
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
-def _fwd_fake(input, target, ignore_index, reduction, with_grad):
-    stats = input.new_empty((input.shape[0], 2), dtype=torch.promote_types(input.dtype, torch.float32))
-    loss = stats.new_empty(input.shape[:1] if reduction == "none" else ())
-    return loss, stats, torch.empty_like(input) if with_grad else input.new_empty(0)
+def _fwd_fake(input, target, weight, *options):
+    *_, reduction, _, with_grad = options
+    return new_loss(input, reduction), saved_stats(input, target), torch.empty_like(input) if with_grad else input.new_empty(0)
+
+
+def _stats_fake(input, target, weight, *options):
+    *_, entropy = options
+    rows = per_row(input) if entropy else 0
+    return new_stats(input, target.numel(), 6 if entropy else 5), input.new_empty(rows, dtype=torch.int64)
 
 
 _fwd = define(
     "cross_entropy_fwd",
-    "(Tensor input, Tensor target, int ignore_index, str reduction, bool with_grad) -> (Tensor loss, Tensor stats, Tensor grad)",
-    # stats (N, 2): the maximum of each row, and the sum of exp(x - maximum): their lse in one number could not tell 2**24 from
-    # 2**24 + ln 2. grad: for an upstream gradient of 1; empty if it was not asked for.
+    # input is (N, V) or (N, V, D), target labels without the V or as input. stats and coefficients: _options.py. grad: for an upstream
+    # gradient of 1; empty if it was not asked for.
+    f"(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, str reduction, bool empty_zero, bool with_grad)"
+    " -> (Tensor loss, Tensor stats, Tensor grad)",
     fake=_fwd_fake,
     reference=reference.fwd,
     cpu="minkernels.cross_entropy._cpu:fwd",
     cuda="minkernels.cross_entropy._triton:fwd",
 )
-_bwd = once_differentiable(
+softmax_stats = define(
+    "softmax_stats",
+    # shard: the classes are a part of all, and a label that names none of them is no error. entropy: its column, and argmax.
+    f"(Tensor input, Tensor target, Tensor? weight, {SCHEMA}, bool shard, bool entropy) -> (Tensor stats, Tensor argmax)",
+    fake=_stats_fake,
+    reference=reference.stats,
+    cpu="minkernels.cross_entropy._cpu:stats",
+    cuda="minkernels.cross_entropy._triton:stats",
+)
+softmax_grad = once_differentiable(
     define(
-        "cross_entropy_bwd",
-        "(Tensor dloss, Tensor input, Tensor target, Tensor stats, int ignore_index, str reduction) -> Tensor",
-        fake=lambda dloss, input, *_: torch.empty_like(input),
-        reference=reference.bwd,
-        cpu="minkernels.cross_entropy._cpu:bwd",
-        cuda="minkernels.cross_entropy._triton:bwd",
+        "softmax_grad",
+        f"(Tensor input, Tensor target, Tensor? weight, Tensor coefficients, {SCHEMA}) -> Tensor",
+        fake=lambda input, *_: torch.empty_like(input),
+        reference=reference.grad,
+        cpu="minkernels.cross_entropy._cpu:grad",
+        cuda="minkernels.cross_entropy._triton:grad",
     )
 )
-_scale_ = define(
+scale_ = define(
     "scale_",
     "(Tensor(a!) x, Tensor scale) -> ()",
     fake=lambda x, scale: None,
@@ -103,14 +290,15 @@ class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input, target, ignore_index, reduction, with_grad):
-        return _fwd(input, target, ignore_index, reduction, with_grad)
+    def forward(*args):
+        return _fwd(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        input, target, ctx.ignore_index, ctx.reduction, with_grad = inputs
+        *tensors, _, _, _, _, _, _, _, with_grad = inputs
         _, stats, grad = output
-        ctx.save_for_backward(input, target, stats)
+        ctx.save_for_backward(*tensors, stats)
+        ctx.options = inputs[3:-1]
         ctx.grad = grad if with_grad else None
         ctx.mark_non_differentiable(stats, grad)
         ctx.set_materialize_grads(False)  # else zeros as large as the logits, for the outputs that have no gradient
@@ -118,10 +306,58 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss, _dstats, _dgrad):
         if dloss is None:
-            return (None,) * 5
-        grad, ctx.grad = ctx.grad, None  # handed out once: a later backward recomputes, and changes nothing given before
-        if grad is None:
-            grad = _bwd(dloss, *ctx.saved_tensors, ctx.ignore_index, ctx.reduction)
+            return (None,) * 11
+        dtarget, (grad, ctx.grad) = None, (ctx.grad, None)  # handed out once: a later backward recomputes, and changes nothing given before
+        if grad is not None:
+            scale_(grad, dloss)
         else:
-            _scale_(grad, dloss)
-        return grad, None, None, None, None
+            input, target, weight, stats = ctx.saved_tensors
+            *x, reduction, empty_zero = ctx.options
+            k = coefficients(dloss, input.shape[1], target, weight, stats, Options(*x), reduction, empty_zero)
+            if ctx.needs_input_grad[0]:
+                grad = softmax_grad(input, target, weight, k, *x)
+            if ctx.needs_input_grad[1]:
+                dtarget = probs_grad(input, target, weight, stats, k, Options(*x))
+        return grad, dtarget, *(None,) * 9
+
+
+def logprobs_of(stats: Tensor, target: Tensor, ignore_index: int):
+    """(rows,) log-probability of the label, and entropy."""
+    _, d, _, rel, _, E = stats.unbind(-1)
+    ignored, log_d = target == ignore_index, d.log()
+    return (-rel - log_d).masked_fill(ignored, 0.0), (log_d + E / d).masked_fill(ignored, 0.0)
+
+
+def logprob_coefficients(stats: Tensor, dlogprob: Tensor | None, dentropy: Tensor | None) -> Tensor:
+    m, d, *_, E = stats.unbind(-1)
+    zero = torch.zeros_like(m)
+    dlogprob, dentropy = zero if dlogprob is None else dlogprob, zero if dentropy is None else dentropy
+    return torch.stack([m, (-dlogprob - dentropy * (E / d)) / d, dentropy / d, -dlogprob, zero], -1)
+
+
+def _token_logprobs(input, target, *options):
+    stats, argmax = softmax_stats(input, target, None, *options, False, True)
+    return *logprobs_of(stats, target, options[0]), argmax, stats
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input, target, *options):
+        return _token_logprobs(input, target, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, target, *ctx.options = inputs
+        ctx.save_for_backward(input, target, output[3])
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dlogprob, dentropy, _dargmax, _dstats):
+        if dlogprob is None and dentropy is None:
+            return (None,) * 7
+        input, target, stats = ctx.saved_tensors
+        k = logprob_coefficients(stats, dlogprob, dentropy)
+        return softmax_grad(input, target, None, k, *ctx.options), *(None,) * 6

@@ -1,0 +1,72 @@
+"""How the linear layer with a softmax loss is fast on a CPU: PyTorch's matrix products, and the kernels of cross_entropy."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from minkernels.cross_entropy import _cpu as kernels
+from minkernels.cross_entropy._options import is_labels, label_error
+from minkernels.linear_cross_entropy import _chunked
+
+CHUNK_BYTES = 16 << 20  # of logits
+CHUNK_ROWS = 384  # at least: each chunk reads the weight twice, and reads and writes the sum of its gradients
+PART = 4096  # classes whose product is formed at a time where it is not added at once
+
+_add = torch.ops.minkernels._add_bfloat16.default
+
+
+class Sum:
+    """out = the sum of grad.T @ input over all chunks, in float32 for 16-bit out."""
+
+    def __init__(self, out, chunks):
+        self.out, self.left, self.first = out, chunks, True
+        self.low = self.wide = None
+        if chunks > 1 and out.dtype == torch.bfloat16:
+            self.low = torch.empty_like(out)
+        elif chunks > 1 and out.dtype == torch.float16:
+            self.wide = torch.zeros_like(out, dtype=torch.float32)
+
+    def add(self, grad, input):
+        self.left -= 1
+        if self.low is None and self.wide is None:
+            (torch.mm if self.first else partial(torch.addmm, self.out))(grad.T, input, out=self.out)
+        else:
+            for i in range(0, len(self.out), PART):
+                part = slice(i, i + PART)
+                product = grad[:, part].T @ input
+                if self.low is None:
+                    self.wide[part] += product
+                else:
+                    _add(self.out[part], self.low[part], product, self.first, self.left == 0)
+        self.first = False
+
+    def finish(self):
+        if self.first:
+            self.out.zero_()
+        elif self.wide is not None:
+            self.out.copy_(self.wide)
+
+
+def check_labels(target, V, ignore_index):
+    if is_labels(target):
+        bad = (target != ignore_index) & ((target < 0) | (target >= V))
+        if bad.any():
+            raise label_error(target, int(bad.flatten().nonzero()[0]), V)
+
+
+def compact(target, ignore_index, *tensors):
+    """The rows that count, and where they were; None where all do."""
+    if is_labels(target) and target.dim() == 1:
+        counts = target != ignore_index
+        if not counts.all():
+            kept = counts.nonzero()[:, 0]
+            return kept, [t[kept] for t in tensors]
+    return None, tensors
+
+
+_road = SimpleNamespace(
+    fwd=kernels.fwd, stats=kernels.stats, grad=kernels.grad, check_labels=check_labels, compact=compact, Sum=Sum,
+    CHUNK_BYTES=CHUNK_BYTES, CHUNK_ROWS=CHUNK_ROWS,
+)  # fmt: skip
+fwd, stats, grad = (partial(f, _road) for f in (_chunked.fwd, _chunked.stats, _chunked.grad))

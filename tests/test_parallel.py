@@ -1,0 +1,32 @@
+"""Losses over classes that are split between processes, against a single one: parallel_worker.py is what each process runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minkernels import cross_entropy
+
+HERE = Path(__file__).parent
+
+
+def test_two_processes(library, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "parallel_worker.py")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    workers = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], env=env, **pipes) for rank in range(2)]
+    try:
+        outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for worker, output in zip(workers, outputs, strict=True):
+        assert worker.returncode == 0, output
+
+
+def test_group_must_be_one():
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got 2"):
+        cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), weight=torch.ones(3), group=2)

@@ -61,6 +61,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         Step("tests", [*pytest, *(["--collect-only", "tests/test_bench.py"] if dry_run else ["tests"]), *TESTS], 60, 180),
         bench("attention-fwd", ["bench/bench_attention.py::bench_fwd"], 40, 120),
         bench("cross-entropy", ["bench/bench_cross_entropy.py"], 30, 90),
+        bench("linear-cross-entropy", ["bench/bench_linear_cross_entropy.py"], 30, 60),
         bench("attention-fwd-bwd", ["bench/bench_attention.py::bench_fwd_bwd"], 40, 150),
         bench("attention-decode", ["bench/bench_attention.py::bench_decode"], 20, 30),
         bench("segmentation", ["bench/bench_segmentation.py"], 30, 60),

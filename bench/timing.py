@@ -106,6 +106,19 @@ def compiled(fn: Callable) -> Callable:
     return lambda *args, **kwargs: compile_now()(*args, **kwargs)
 
 
+def installed(name: str, load: Callable) -> Callable:
+    """What load() returns, imported at its first call; where it is not installed, its row is skipped."""
+
+    @cache
+    def peer():
+        try:
+            return load()
+        except ImportError as error:
+            pytest.skip(f"{name}: {error}")
+
+    return lambda *args, **kwargs: peer()(*args, **kwargs)
+
+
 def max_error(actual, exact, dtype: torch.dtype) -> float:
     """max |actual - exact| over all outputs; raises where one is further off than rounding in dtype explains, or NaN."""
     worst = 0.0

@@ -33,7 +33,7 @@ def build(out: Path = HERE / "_ops.so", *, verbose: bool = False) -> Path:
 
 def _build(csrc: Path, objects: Path, out: Path, verbose: bool) -> Path:
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(_ninja_file(csrc))
+    (objects / "build.ninja").write_text(_ninja_file(csrc, objects))
     command = [*_ninja(), "-C", str(objects), *(["-v"] if verbose else [])]
     result = subprocess.run(command, stdout=None if verbose else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
@@ -48,13 +48,13 @@ def _build(csrc: Path, objects: Path, out: Path, verbose: bool) -> Path:
     return out
 
 
-def _ninja_file(csrc: Path) -> str:
+def _ninja_file(csrc: Path, objects: Path) -> str:
     import torch
     from torch.utils import cpp_extension
 
     includes = " ".join(f"-isystem {_escape(path)}" for path in cpp_extension.include_paths())
     libraries = " ".join(f"-L{_escape(path)}" for path in cpp_extension.library_paths())
-    cpp = sorted((csrc / "ops" / "cpu").glob("*.cpp"))
+    cpp = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "ops" / "cpu").glob("*.cpp"))]  # the checkout may move
     return "\n".join([
         f"cxx = {_compiler()}",
         f"flags = {FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} {os.environ.get('CXXFLAGS', '')}",

@@ -7,17 +7,14 @@ import sys
 from dataclasses import fields
 
 from minmodels import UserError
-from minmodels.options import TrainOptions
+from minmodels.options import MODELS
 
 EXAMPLES = """examples:
   python -m minmodels train gpt --minutes 1
   python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
+  python -m minmodels train gpt --help
   python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon"
   python -m minmodels showcase"""
-TRAIN_EXAMPLES = """examples:
-  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
-  python -m minmodels train gpt --out runs/book --resume
-  python -m minmodels train gpt --minutes 5 --n-layer 6 --n-embd 192 --n-head 6 --out runs/topics"""
 GENERATE_EXAMPLES = """examples:
   python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon" --tokens 500
   python -m minmodels generate gpt --checkpoint runs/book --temperature 0"""
@@ -46,11 +43,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(model, resume, overwrite, **given):
-    from minmodels.train import train
+    from minmodels.train import told, train
 
-    heldout = train(given, resume=resume, overwrite=overwrite)
-    out = given.get("out", TrainOptions.out)
-    print(f"held-out loss {heldout:.3f} nats per character; to sample: python -m minmodels generate {model} --checkpoint {out}")
+    scores, then = train(model, given, resume=resume, overwrite=overwrite)
+    print(told(scores))
+    if then:
+        print(then)
+
+
+def _eval(model, checkpoint, **given):
+    from minmodels.train import evaluate, told
+
+    print(told(evaluate(model, checkpoint, **given)))
 
 
 def _generate(model, **args):
@@ -69,25 +73,23 @@ def _parser() -> argparse.ArgumentParser:
     new = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = new(prog="python -m minmodels", description="Small models on the kernels of minkernels.", epilog=EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=new)
-    options = {f.name: f for f in fields(TrainOptions)}
 
-    about = "Train a model on text, one character a token. Ctrl-C saves a checkpoint and stops."
-    train = commands.add_parser("train", help="train a model on text", description=about, epilog=TRAIN_EXAMPLES)
-    train.add_argument("model", choices=["gpt"], help="gpt: minGPT, the decoder of GPT-2")
-    length, start = train.add_mutually_exclusive_group(), train.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="continue the checkpoint in --out, with its options")
-    start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
-    for name, option in options.items():
-        kinds = {str: str, int: _whole(option.metadata.get("least", 1)), float: _positive}
-        (length if name in ("steps", "minutes") else train).add_argument(
-            "--" + name.replace("_", "-"),
-            type=kinds[option.type],
-            default=argparse.SUPPRESS,  # a resumed run takes what is not given from its checkpoint
-            metavar=option.metadata["metavar"],
-            choices=option.metadata.get("choices"),
-            help=option.metadata["help"] + (f" (default: {option.default})" if option.default else ""),
-        )
+    about = "Train a model. Ctrl-C saves a checkpoint and stops."
+    examples = "examples:\n" + "\n".join(model.examples.splitlines()[0] for model in MODELS.values())
+    train = commands.add_parser("train", help="train a model", description=about, epilog=examples)
+    models = train.add_subparsers(required=True, metavar="MODEL", dest="model", parser_class=new)
+    for name, model in MODELS.items():
+        about = f"Train {model.about}. Ctrl-C saves a checkpoint and stops."
+        _add_options(models.add_parser(name, help=model.about, description=about, epilog="examples:\n" + model.examples), model.options)
     train.set_defaults(run=_train)
+
+    about = "Judge a trained model on its held-out data."
+    examples = "example:\n  python -m minmodels eval gpt --checkpoint runs/book"
+    evaluate = commands.add_parser("eval", help="judge a trained model", description=about, epilog=examples)
+    evaluate.add_argument("model", choices=MODELS)
+    evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
+    evaluate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    evaluate.set_defaults(run=_eval)
 
     about = "Write text with a trained model: the prompt, and what follows it."
     generate = commands.add_parser("generate", help="write text with it", description=about, epilog=GENERATE_EXAMPLES)
@@ -99,16 +101,36 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=_not_negative, default=0.8, metavar="T", help="0 takes the likeliest character (default: 0.8)"
     )
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="the same seed, the same text (default: 0)")
-    generate.add_argument("--device", default="", metavar="NAME", help=options["device"].metadata["help"])
+    generate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
     generate.set_defaults(run=_generate)
 
     about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
     showcase = commands.add_parser("showcase", help="see all of it in minutes", description=about, epilog=SHOWCASE_EXAMPLES)
-    showcase.add_argument("--text", default="", metavar="FILE", help=options["text"].metadata["help"])
+    showcase.add_argument("--text", default="", metavar="FILE", help=_help("text"))
     showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the results (default: runs/showcase)")
     showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help="minutes of training (default: 1)")
     showcase.set_defaults(run=_showcase)
     return parser
+
+
+def _add_options(parser, options):
+    length, start = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue the checkpoint in --out, with its options")
+    start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
+    for option in fields(options):
+        name, kind = "--" + option.name.replace("_", "-"), option.metadata
+        shared = dict(default=argparse.SUPPRESS, help=kind["help"])  # a resumed run takes what is not given from its checkpoint
+        if option.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
+            continue
+        shared["help"] += f" (default: {option.default})" if option.default else ""
+        types = {str: str, int: _whole(kind.get("least", 1)), float: _not_negative if kind.get("zero") else _positive}
+        group = length if option.name in ("steps", "minutes") else parser
+        group.add_argument(name, type=types[option.type], metavar=kind["metavar"], choices=kind.get("choices"), **shared)
+
+
+def _help(option: str) -> str:
+    return MODELS["gpt"].options.__dataclass_fields__[option].metadata["help"]
 
 
 def _whole(least: int):

@@ -1,29 +1,67 @@
-"""The options of a training run: names, defaults and help for the command line, and what a checkpoint remembers."""
+"""The models by the names that the command line gives them, and the options of their training runs: names, defaults and help, and what a
+checkpoint remembers. No torch here."""
 
 from dataclasses import dataclass, field
 
 DTYPES = "float32", "bfloat16"
-KEPT = "seed", "dtype", "batch_size", "block_size", "n_layer", "n_head", "n_embd", "lr", "warmup"  # a resumed run keeps these
+FREE = "out", "steps", "minutes", "eval_every", "device", "compile"  # a resumed run may change these, and where its data lie
 
 
 def _option(default, help, metavar, **kwargs):
+    """least: of a whole number. data: names a file or folder, whose content the checkpoint remembers."""
     return field(default=default, metadata={"help": help, "metavar": metavar, **kwargs})
+
+
+def _default(name, value):
+    """An option of every model, with this model's default."""
+    return field(default=value, metadata=TrainOptions.__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    text: str = _option("", "UTF-8 text to learn; its last tenth is held out (default: the help topics of Python)", "FILE")
-    out: str = _option("runs/gpt", "folder for the checkpoint and the metrics", "DIR")
+    """Those of every model."""
+
+    out: str = _option("", "folder for the checkpoint, the metrics and the pictures (default: runs/MODEL)", "DIR")
     steps: int = _option(1000, "optimizer steps", "N")
     minutes: float = _option(0.0, "minutes of training, instead of --steps; not repeatable bit for bit", "M")
     eval_every: int = _option(100, "steps from one evaluation to the next; each saves a checkpoint", "N")
     seed: int = _option(0, "seed of the weights and of the batches (default: 0)", "S", least=0)
     device: str = _option("", "cpu, cuda, cuda:1 ... (default: cuda if there is one)", "NAME")
     dtype: str = _option("float32", "float32 or bfloat16: of the activations, the weights are float32", "TYPE", choices=DTYPES)
-    batch_size: int = _option(32, "windows of text in one step", "N")
+    compile: bool = _option(False, "torch.compile the model", None)
+    batch_size: int = _option(32, "examples in one batch", "N")
+    accumulate: int = _option(1, "batches in one optimizer step", "N")
+    lr: float = _option(0.01, "peak learning rate", "X")
+    warmup: int = _option(20, "steps in which the learning rate rises, before it falls along a cosine to 0", "N")
+    weight_decay: float = _option(0.0, "of the matrices, but for embeddings (default: 0)", "X", zero=True)
+    clip: float = _option(1.0, "largest norm of the gradient", "X")
+
+
+@dataclass(frozen=True)
+class GPTOptions(TrainOptions):
+    text: str = _option("", "UTF-8 text to learn; its last tenth is held out (default: the help topics of Python)", "FILE", data=True)
+    lr: float = _default("lr", 0.015)
     block_size: int = _option(64, "length of a window: the longest context, in characters", "N")
     n_layer: int = _option(3, "transformer blocks", "N")
     n_head: int = _option(4, "attention heads", "N")
     n_embd: int = _option(128, "width, a multiple of the heads", "N")
-    lr: float = _option(0.015, "peak learning rate", "X")
-    warmup: int = _option(20, "steps in which the learning rate rises, before it falls along a cosine to 0", "N")
+
+
+@dataclass(frozen=True)
+class Model:
+    about: str
+    recipe: str  # "module:class", imported when it trains or runs
+    options: type[TrainOptions]
+    examples: str
+
+
+MODELS = {
+    "gpt": Model(
+        "minGPT, the decoder of GPT-2, on text, one character a token",
+        "minmodels.recipes.gpt:GPTRecipe",
+        GPTOptions,
+        """  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
+  python -m minmodels train gpt --out runs/book --resume
+  python -m minmodels train gpt --minutes 5 --n-layer 6 --n-embd 192 --n-head 6 --out runs/topics""",
+    ),
+}

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 
-def loss_figure(metrics: Path, title: str) -> Figure:
+def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     """Training and held-out loss over the seconds of training, from the lines of metrics.jsonl."""
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps, tests = ([r for r in records if key in r] for key in ("loss", "heldout"))
@@ -19,10 +19,10 @@ def loss_figure(metrics: Path, title: str) -> Figure:
     axes.plot(_column(steps, "seconds"), _column(steps, "loss"), color="tab:blue", alpha=0.25, linewidth=0.5)
     means = ([statistics.mean(_column(part, key)) for part in parts] for key in ("seconds", "loss"))
     axes.plot(*means, color="tab:blue", label=f"training, mean over {width} steps" if width > 1 else "training")
-    axes.plot(_column(tests, "seconds"), _column(tests, "heldout"), "o-", color="tab:orange", label="held-out text")
+    axes.plot(_column(tests, "seconds"), _column(tests, "heldout"), "o-", color="tab:orange", label="held-out")
     last = tests[-1]["seconds"], tests[-1]["heldout"]
     axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="center", color="tab:orange", weight="bold")
-    axes.set(title=title, xlabel="training time (s)", ylabel="loss (nats per character)")
+    axes.set(title=title, xlabel="training time (s)", ylabel=f"loss ({unit})")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -17,11 +17,9 @@ from torch import Tensor
 import minkernels
 from minkernels import attention, cross_entropy
 from minmodels import files
-from minmodels.data.text import load
 from minmodels.device import pick_device
 from minmodels.generate import generate
-from minmodels.options import TrainOptions
-from minmodels.plot import loss_figure
+from minmodels.options import GPTOptions
 from minmodels.train import Run, train
 
 SIZES = {"attention": (1, 8, 2048, 128), "cross_entropy": (1024, 32000)}  # (B, H, T, D), causal; (N, V)
@@ -48,7 +46,7 @@ def showcase(text: str = "", out: str = "runs/showcase", minutes: float = 1.0, s
     options = {"text": text, "out": out, "minutes": minutes, "dtype": "bfloat16" if fast else "float32"}
     threads = torch.get_num_threads()
     torch.set_num_threads(_training_threads(options))
-    heldout = train(options, overwrite=True, console=console)
+    heldout = train("gpt", options, overwrite=True, console=console)[0]["heldout"]
     torch.set_num_threads(threads)
     console.rule("a sample")
     vocab = files.load_checkpoint(folder, prefix="model.")[1]["vocab"]
@@ -61,8 +59,6 @@ def showcase(text: str = "", out: str = "runs/showcase", minutes: float = 1.0, s
         (folder / "sample.txt").write_text(sample + "\n")
         with (folder / "ops.txt").open("w") as f:
             Console(file=f, width=120).print(table)
-        title = f"minGPT learns {Path(text).name or 'the help topics of Python'}"
-        loss_figure(folder / files.METRICS, title).savefig(folder / "loss.png")
     console.rule("done")
     print(f"held-out loss {heldout:.3f} nats per character after {minutes:g} minutes of training")
     print(f"in {folder}: loss.png, sample.txt, ops.txt (the table), {files.METRICS} (each step), {files.CHECKPOINT} (the model)")
@@ -99,8 +95,7 @@ def ops_table(sizes: dict[str, tuple], seconds: float) -> Table:
 
 def _training_threads(options: dict) -> int:
     """All threads, or one if a step is faster so: where other programs are busy, threads wait for each other most of the time."""
-    options = TrainOptions(**options)
-    run = Run(options, load(options.text, options.block_size))
+    run = Run("gpt", GPTOptions(**options))
     counts = torch.get_num_threads(), 1
     seconds = dict.fromkeys(counts, 0.0)
     for i, threads in itertools.product(range(5), counts):

@@ -1,7 +1,6 @@
-"""Training on text. Muon (Jordan 2024) for the matrices inside, which at these sizes needs far fewer tokens than AdamW, and AdamW
-for the rest. A resumed run has the losses of an unbroken one, bit for bit.
-"""
+"""Training of any model, by its recipe. A resumed run has the losses of an unbroken one, bit for bit."""
 
+import contextlib
 import math
 import signal
 import threading
@@ -15,32 +14,37 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor
 
 from minmodels import Interrupted, UserError, files
-from minmodels.data import text as textdata
 from minmodels.device import pick_device
-from minmodels.mingpt import GPT, GPTConfig
-from minmodels.options import KEPT, TrainOptions
+from minmodels.options import FREE, MODELS, TrainOptions
+from minmodels.plot import loss_figure
+from minmodels.recipes import check_model, recipe
 
 
-def train(given: dict, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> float:
-    """Trains minGPT and returns its loss on the held-out text, in nats per character.
+def train(
+    name: str, given: dict, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> tuple[dict[str, float], str]:
+    """Trains the model of that name. Returns its last evaluation, and a line that says what can be done with it.
 
-    given: TrainOptions by name. With resume, those not given are as in the checkpoint, and the KEPT ones must be as there.
-    Writes out/checkpoint.safetensors at each evaluation, at the end and when interrupted, and out/metrics.jsonl: a line a step
-        {step, loss, lr, seconds} and a line an evaluation {step, heldout, seconds}; seconds are those spent in training steps.
+    given: options of that model, by name. With resume, those not given are as in the checkpoint; all but the FREE ones must be as there.
+    Writes out/checkpoint.safetensors at each evaluation, at the end and when interrupted; out/metrics.jsonl: a line a step
+        {step, loss, lr, seconds} and a line an evaluation {step, heldout, ..., seconds}, seconds being those spent in training steps;
+        and at the end out/loss.png, and what pictures the model has.
     SIGINT or SIGTERM ends the run after the present step, with a checkpoint; a second one ends it at once.
     Raises: UserError for bad input, a disk that is full, a loss that is not finite; Interrupted.
     """
     console = console or Console(highlight=False, markup=False)
-    path = Path(given.get("out", TrainOptions.out)) / files.CHECKPOINT
+    given = {**given, "out": given.get("out") or f"runs/{name}"}
+    path = Path(given["out"]) / files.CHECKPOINT
     if resume:
         tensors, meta = files.load_checkpoint(path)
-        options = _resumed(meta["options"], given)
+        check_model(name, meta, path)
+        options = _resumed(MODELS[name].options, meta["options"], given)
     elif path.exists() and not overwrite:
         raise UserError(f"{path} exists: --resume continues it, --overwrite starts anew")
     else:
-        options = TrainOptions(**given)
-    options = replace(options, text=options.text and str(Path(options.text).resolve()))  # it may be resumed from elsewhere
-    run = Run(options, textdata.load(options.text, options.block_size))
+        options = MODELS[name].options(**given)
+    places = {key: str(Path(getattr(options, key)).resolve()) for key in _data(options) if getattr(options, key)}
+    run = Run(name, replace(options, **places))  # whole paths: it may be resumed from elsewhere
     if resume:
         run.restore(tensors, meta)
     if run.progress() >= 1:
@@ -64,58 +68,68 @@ def train(given: dict, *, resume: bool = False, overwrite: bool = False, console
             evaluate = done or run.step % options.eval_every == 0
             if evaluate or stop or metrics.due():
                 loss = run.finite(metrics.flush())
-                speed = (run.step - before[0]) * options.batch_size * options.block_size / (run.seconds - before[1])
-                state = f"step {run.step:5d}  loss {loss:.3f}  {speed:6,.0f} characters/s"
+                speed = (run.step - before[0]) * run.units / (run.seconds - before[1])
+                state = f"step {run.step:5d}  loss {loss:.3f}  {speed:6,.0f} {run.recipe.unit}/s"
                 bar.update(task, completed=run.progress(), description=state)
             if evaluate:
-                heldout = run.finite(run.heldout())
-                metrics.write({"step": run.step, "heldout": heldout, "seconds": run.seconds})
-                console.print(f"{state}  held-out {heldout:.3f} nats per character", soft_wrap=True)
+                scores = run.heldout()
+                run.finite(scores["heldout"])
+                metrics.write({"step": run.step, **scores, "seconds": run.seconds})
+                console.print(f"{state}  {told(scores)}", soft_wrap=True)
             if evaluate or stop:
                 run.save(path)
     if not done:
-        resume = f"python -m minmodels train gpt --out {path.parent} --resume"
+        resume = f"python -m minmodels train {name} --out {path.parent} --resume"
         raise Interrupted(f"interrupted; {path} holds step {run.step}. To go on: {resume}", signals.number)
-    return heldout
+    with files.writing(path.parent):
+        title = f"{name} learns {run.recipe.data.split(':')[0]}"
+        loss_figure(path.with_name(files.METRICS), title, run.recipe.loss_unit).savefig(path.with_name("loss.png"))
+        return scores, run.finish(path.parent)
 
 
-def _resumed(saved: dict, given: dict) -> TrainOptions:
-    for name in KEPT:
-        if given.get(name, saved[name]) != saved[name]:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {given[name]}: the checkpoint was trained with {saved[name]}")
+def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
+    """The scores of a trained model on its held-out data, or on those of the options given. Raises UserError."""
+    tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
+    check_model(name, meta, checkpoint)
+    run = Run(name, MODELS[name].options(**{**meta["options"], **given}))
+    run.load_model(tensors)
+    return run.heldout()
+
+
+def told(scores: dict) -> str:
+    return "  ".join(f"{'held-out loss' if key == 'heldout' else key} {value:.3f}" for key, value in scores.items())
+
+
+def _data(options) -> list[str]:
+    return [key for key, f in options.__dataclass_fields__.items() if f.metadata.get("data")]
+
+
+def _resumed(kind: type[TrainOptions], saved: dict, given: dict) -> TrainOptions:
+    for key in saved.keys() - set(FREE) - set(_data(kind)):
+        if given.get(key, saved[key]) != saved[key]:
+            raise UserError(f"--{key.replace('_', '-')} {given[key]}: the checkpoint was trained with {saved[key]}")
     if "steps" in given:
         saved = {**saved, "minutes": 0.0}
-    return TrainOptions(**{**saved, **given})
+    return kind(**{**saved, **given})
 
 
 class Run:
     """What a checkpoint holds: model, optimizers, the generator of the batches, the steps and seconds spent."""
 
-    def __init__(self, options: TrainOptions, text: textdata.Text):
-        self.options, self.text, self.step, self.seconds = options, text, 0, 0.0
-        try:
-            config = GPTConfig(len(text.vocab), options.block_size, options.n_layer, options.n_head, options.n_embd)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+    def __init__(self, name: str, options: TrainOptions):
+        self.name, self.options, self.step, self.seconds = name, options, 0, 0.0
         self.device = pick_device(options.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options.seed)
-            self.model = GPT(config).to(self.device)
-        inner = {name: p for name, p in self.model.named_parameters() if name.startswith("h.") and p.dim() == 2}
-        outer = {name: p for name, p in self.model.named_parameters() if name not in inner}
-        muon = torch.optim.Muon(inner.values(), options.lr, weight_decay=0.0, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-        adamw = torch.optim.AdamW(outer.values(), options.lr, weight_decay=0.0, fused=True)
-        self.optimizers = dict.fromkeys(inner, muon) | dict.fromkeys(outer, adamw)  # by parameter name
+        self.recipe = recipe(name)(options)
+        self.units = options.batch_size * options.accumulate * self.recipe.units  # of a step
+        self.model = self.recipe.model.to(self.device)
+        self.called = torch.compile(self.model) if options.compile else self.model
+        self.optimizers = self.recipe.optimizers()
         self.generator = torch.Generator().manual_seed(options.seed)  # on the CPU: the same batches whatever the device
         self.clock = time.perf_counter()
 
     def __str__(self):
         size = sum(p.numel() for p in self.model.parameters())
-        return (
-            f"minGPT, {size / 1e6:.2f} M parameters, {self.options.dtype} on {self.device}, learns {self.text.name}: "
-            f"{len(self.text.train):,} characters, {len(self.text.heldout):,} held out, {len(self.text.vocab)} different ones"
-        )
+        return f"{self.name}, {size / 1e6:.2f} M parameters, {self.options.dtype} on {self.device}, learns {self.recipe.data}"
 
     def progress(self) -> float:
         """0 to 1, by steps or by minutes."""
@@ -127,27 +141,37 @@ class Run:
         return self.options.lr * min(1, (self.step + 1) / self.options.warmup) * (1 + math.cos(math.pi * self.progress())) / 2
 
     def train_step(self) -> dict:
-        lr = self.rate()
-        optimizers = set(self.optimizers.values())
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = lr
+        lr, parts = self.rate(), self.options.accumulate
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.zero_grad()
-        loss = self._loss(*textdata.sample(self.text.train, self.options.batch_size, self.options.block_size, self.generator))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in optimizers:
+        loss = 0.0
+        for _ in range(parts):
+            part = self._loss(*self.recipe.batch(self.generator)) / parts
+            part.backward()
+            loss += part.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
+        for optimizer in self.optimizers:
             optimizer.step()
         self.step, now = self.step + 1, time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
-        return {"step": self.step, "loss": loss.detach(), "lr": lr, "seconds": self.seconds}
+        return {"step": self.step, "loss": loss, "lr": lr, "seconds": self.seconds}
 
     @torch.no_grad()
-    def heldout(self) -> float:
-        """The mean loss on the held-out text; the time that it takes is not counted."""
-        windows = [t.split(64) for t in textdata.sweep(self.text.heldout, self.options.block_size)]
-        total = sum(self._loss(idx, targets).item() * len(idx) for idx, targets in zip(*windows, strict=True))
+    def heldout(self) -> dict[str, float]:
+        """The scores on held-out data; the time that they take is not counted."""
+        self.model.eval()
+        with self._autocast():
+            scores = self.recipe.heldout(self.model, lambda t: t.to(self.device))
+        self.model.train()
         self.clock = time.perf_counter()
-        return total / sum(map(len, windows[0]))
+        return scores
+
+    @torch.no_grad()
+    def finish(self, folder: Path) -> str:
+        self.model.eval()
+        return self.recipe.finish(self.model, folder)
 
     def finite(self, loss: float) -> float:
         if not math.isfinite(loss):
@@ -156,13 +180,12 @@ class Run:
 
     def save(self, path: Path):
         tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
-        for name, p in self.model.named_parameters():
-            tensors |= {f"optimizer.{name}.{key}": t for key, t in self.optimizers[name].state[p].items()}
+        for name, state in self._states():
+            tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
         meta = {
-            "model": "gpt",
-            "config": asdict(self.model.config),
-            "vocab": self.text.vocab,
-            "text_sha256": self.text.sha256,
+            "model": self.name,
+            **self.recipe.meta(),
+            "data_sha256": self.recipe.sha256,
             "options": asdict(self.options),
             "step": self.step,
             "seconds": self.seconds,
@@ -170,21 +193,37 @@ class Run:
         files.save_checkpoint(path, tensors | {"generator": self.generator.get_state()}, meta)
         self.clock = time.perf_counter()
 
+    def load_model(self, tensors: dict[str, Tensor]):
+        try:
+            self.model.load_state_dict({name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")})
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint does not fit the model: {str(error).splitlines()[-1].strip()}") from error
+
     def restore(self, tensors: dict[str, Tensor], meta: dict):
-        if meta["text_sha256"] != self.text.sha256:
-            raise UserError(f"{self.text.name}: not the text that the checkpoint was trained on")
-        self.model.load_state_dict({name: tensors[f"model.{name}"] for name in self.model.state_dict()})
-        parameters = dict(self.model.named_parameters())
+        if meta["data_sha256"] != self.recipe.sha256:
+            raise UserError(f"{self.recipe.data.split(':')[0]}: not the data that the checkpoint was trained on")
+        self.load_model(tensors)
+        states = dict(self._states())
         for key, t in tensors.items():
             if key.startswith("optimizer."):
                 name, _, slot = key.removeprefix("optimizer.").rpartition(".")
-                self.optimizers[name].state[parameters[name]][slot] = t.to(self.device)
+                states[name][slot] = t.to(self.device)
         self.generator.set_state(tensors["generator"])
         self.step, self.seconds = meta["step"], meta["seconds"]
 
-    def _loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"):
-            return self.model(idx.to(self.device), targets.to(self.device))
+    def _states(self):
+        """(name of a parameter, its optimizer's state)."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from ((names[id(p)], optimizer.state[p]) for p in group["params"])
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16) if self.options.dtype == "bfloat16" else contextlib.nullcontext()
+
+    def _loss(self, *batch: Tensor) -> Tensor:
+        with self._autocast():
+            return self.recipe.loss(self.called, *(t.to(self.device) for t in batch))
 
 
 class Signals:

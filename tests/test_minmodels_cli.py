@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from minmodels import files, plot, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
-from minmodels.options import TrainOptions
+from minmodels.options import GPTOptions
 from minmodels.showcase import ops_table, showcase
 
 TINY = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--batch-size", "4", "--warmup", "3"]
@@ -61,7 +61,7 @@ def stop_after(monkeypatch, step):
     monkeypatch.setattr(train.Run, "train_step", stopped)
 
 
-@pytest.mark.parametrize("dtype", TrainOptions.__dataclass_fields__["dtype"].metadata["choices"])
+@pytest.mark.parametrize("dtype", GPTOptions.__dataclass_fields__["dtype"].metadata["choices"])
 def test_resuming_repeats_the_losses_bit_for_bit(book, tmp_path, monkeypatch, capsys, dtype):
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     options = "--steps", 12, "--eval-every", 4, "--dtype", dtype, "--seed", 3
@@ -119,14 +119,33 @@ def test_minutes_bound_the_training(book, tmp_path):
     seconds = metrics(tmp_path / "run", "seconds")[-1][1]
     assert 0.6 <= seconds < 3
     rates = [lr for _, lr in metrics(tmp_path / "run", "lr")]
-    assert rates[0] == pytest.approx(TrainOptions.lr / 3, rel=0.05) and rates[-1] < 0.05 * max(rates)
+    assert rates[0] == pytest.approx(GPTOptions.lr / 3, rel=0.05) and rates[-1] < 0.05 * max(rates)
+
+
+def test_accumulated_batches_are_one_step_of_the_mean_gradient(book, tmp_path):
+    options = "--steps", 3, "--batch-size", 2, "--accumulate", 2
+    assert tiny(book, tmp_path / "a", *options, "--weight-decay", 0.1) == 0
+    assert len(metrics(tmp_path / "a", "loss")) == 3
+    run = train.Run("gpt", GPTOptions(text=book, block_size=16, n_layer=1, n_head=2, n_embd=16, batch_size=2, accumulate=2))
+    generator = torch.Generator().manual_seed(0)
+    parts = [run.recipe.batch(generator) for _ in range(2)]
+    batches = iter(parts)
+    run.recipe.batch = lambda generator: next(batches)
+    loss = run.train_step()["loss"]
+    fresh = train.Run("gpt", run.options)
+    with torch.no_grad():
+        expected = torch.stack([fresh.model(*part) for part in parts]).mean()
+    torch.testing.assert_close(loss, expected)
 
 
 def test_training_learns_and_generation_continues(book, tmp_path, capsys):
     out = tmp_path / "run"
     assert tiny(book, out, "--steps", 120, "--n-embd", 32) == 0
     assert metrics(out, "heldout")[-1][1] < 1.0  # a repeated line; the letters alone have 3 nats
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
+    assert run("eval", "gpt", "--checkpoint", out) == 0
+    assert capsys.readouterr().out == f"held-out loss {metrics(out, 'heldout')[-1][1]:.3f}\n"
     texts = []
     for args in (("--temperature", 0), ("--seed", 5), ("--seed", 5), ("--seed", 6), ("--temperature", 0, "--prompt", "")):
         assert run("generate", "gpt", "--checkpoint", out, "--prompt", "the quick brown", "--tokens", 40, "--temperature", 2, *args) == 0
@@ -218,7 +237,7 @@ def test_resuming_something_else_is_refused(book, tmp_path, capsys):
         ((), r"exists: --resume continues it, --overwrite starts anew"),
         (("--resume",), r"is trained already \(2 steps, 0\.0 minutes\)"),
         (("--resume", "--steps", 9, "--n-embd", 32), r"--n-embd 32: the checkpoint was trained with 16"),
-        (("--resume", "--steps", 9, "--text", other), r"other\.txt: not the text that the checkpoint was trained on"),
+        (("--resume", "--steps", 9, "--text", other), r"other\.txt: not the data that the checkpoint was trained on"),
     ):
         assert run("train", "gpt", "--out", out, *args) == 2
         assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
@@ -228,7 +247,7 @@ def test_resuming_something_else_is_refused(book, tmp_path, capsys):
 
 
 BAD_OPTIONS = {
-    "train bert": "invalid choice: 'bert'",
+    "train bart": "invalid choice: 'bart'",
     "train gpt --steps 0": "must be a whole number from 1 on, got '0'",
     "train gpt --steps 5 --minutes 1": "not allowed with argument --steps",
     "train gpt --lr nan": "must be a number from 0 on, got 'nan'",
@@ -266,7 +285,17 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypa
     assert files.load_checkpoint(out)[1]["step"] == 4
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["showcase"]], ids=" ".join)
+def test_a_checkpoint_of_another_model(book, tmp_path, capsys):
+    tiny(book, tmp_path / "run", "--steps", 1)
+    tensors, meta = files.load_checkpoint(tmp_path / "run")
+    files.save_checkpoint(tmp_path / "run" / files.CHECKPOINT, tensors, {**meta, "model": "other"})
+    capsys.readouterr()
+    for command in (("generate", "gpt", "--checkpoint"), ("eval", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
+        assert run(*command, tmp_path / "run") == 2
+        assert re.fullmatch(r"error: .* is a checkpoint of other, not of gpt\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["train", "gpt"], ["eval"], ["generate"], ["showcase"]], ids=" ".join)
 def test_help_has_examples_and_needs_no_torch(command, capsys):
     code = "import sys; sys.modules['torch'] = None; from minmodels.__main__ import main; main(sys.argv[1:])"
     result = subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True)
@@ -298,12 +327,12 @@ def test_loss_curve(tmp_path):
     lines = [{"step": i, "loss": 3.0 / i + 1, "lr": 0.1, "seconds": 0.1 * i} for i in range(1, 251)]
     lines.insert(125, {"step": 125, "heldout": 1.1, "seconds": 12.5})
     (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 250, "heldout": 1.0, "seconds": 25.0}]))
-    figure = plot.loss_figure(tmp_path / "m", "a title")
+    figure = plot.loss_figure(tmp_path / "m", "a title", "nats")
     axes = figure.axes[0]
     assert axes.get_title() == "a title" and axes.get_xlabel() == "training time (s)" and "nats" in axes.get_ylabel()
     raw, mean, heldout = axes.get_lines()
     assert len(raw.get_xdata()) == 250 and len(mean.get_xdata()) == 125 and list(heldout.get_ydata()) == [1.1, 1.0]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out text"]
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out"]
 
 
 def test_showcase(book, tmp_path, monkeypatch, capsys):

@@ -52,6 +52,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_triton, "WHOLE", 2048)
         patch.setattr(_triton, "TILE", 256)
+        patch.setattr(_triton, "SCALE_PROGRAMS", 3)
         yield lambda n: patch.setattr(_triton, "_processors", lambda device: n)
 
 
@@ -93,8 +94,7 @@ def test_triton(path, options, dtype, small, merges):
     assert bool(merges) == (processors == ALL_TILES)
 
 
-@pytest.mark.parametrize("V", [32768, 32769, 50257])  # the longest row of one tile; two reads; and an odd one
-@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("V, processors", [(32768, 1), (32769, 1), (50257, 1), (32769, 132)])  # one tile; two reads; an odd one; split
 def test_real_tiles(V, processors, monkeypatch):
     monkeypatch.setattr(_triton, "_processors", lambda device: processors)
     check(*make(2, V, dtype=torch.float16), {}, "mean")
@@ -118,10 +118,9 @@ def test_fuzz(small, shape, dtype, options, reduction, layout, labels, processor
 STATS = {"plain": {}, "softcap": dict(softcap=5.0), "scale": dict(logit_scale=0.7), "negative-scale": dict(logit_scale=-1.5)}
 
 
-@pytest.mark.parametrize("shape", [(4, 1), (70, 27), (3, 300), (2, 1099)], ids=str)
-@pytest.mark.parametrize("options", STATS)
+@pytest.mark.parametrize("shape", [(4, 1), (40, 27), (3, 300), (2, 1099)], ids=str)
+@pytest.mark.parametrize("options, dtype", [*((name, torch.float32) for name in STATS), *(("plain", dtype) for dtype in DTYPES[1:])])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stats(shape, options, layout, dtype, small):
     x, target = make(*shape, dtype=dtype)
     for processors in (1, ALL_TILES):
@@ -191,7 +190,7 @@ def test_no_rows(options, reduction):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("shape", [(3, 5), (3, 5000), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (3, 2500), (2, 5, 3)], ids=str)
 def test_all_ignored(shape, weighted, small):
     """NaN as in PyTorch, or 0 if that is asked for; the gradient is 0 either way, and what the rows hold reaches nothing."""
     small(16)
@@ -205,7 +204,7 @@ def test_all_ignored(shape, weighted, small):
     assert (stats == 0).all() and (argmax == -1).all()
 
 
-@pytest.mark.parametrize("padding", [0, 3000])  # in one tile, and split
+@pytest.mark.parametrize("padding", [0, 600])  # in one tile, and split
 def test_huge_logits_and_infinities(padding, small):
     small(16)
     inf = math.inf
@@ -255,7 +254,7 @@ def test_label_out_of_range_reads_nothing(processors, small):
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "slice", "volume", "permuted", "scalar"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale(layout, dtype):
+def test_scale(layout, dtype, small):
     x = torch.randn(70, 100, device=DEVICE).to(dtype)  # more than one block of 4096
     if layout in ("volume", "permuted"):
         x = x.reshape(7, 10, 100).movedim(-1, 1)

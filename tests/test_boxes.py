@@ -1,11 +1,13 @@
 """The IoU family: the reference against torchvision's formulas, the C++ kernels at every level, the public functions' promises."""
 
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.library import opcheck
 
 import minkernels
 from boxes_cases import DTYPES, FORMATS, KINDS, LAYOUTS, REDUCTIONS, grads_of, lay_out, loss, make_boxes, pairwise
@@ -236,3 +238,289 @@ def test_cpu_same_bits_for_any_number_of_threads(kind, dtype, library):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))
+
+
+# Semantics
+
+
+def box(*numbers, dtype=torch.float32):
+    return torch.tensor([numbers], dtype=dtype)
+
+
+@kinds
+def test_points_give_0_and_no_nan(kind, library):
+    """torchvision gives 0 / 0 = NaN for two boxes of area 0, and so do its gradients."""
+    points, good = torch.tensor([[1.0, 1, 1, 1], [1, 1, 1, 1], [5, 5, 9, 5], [5, 7, 5, 9]]), make_boxes(3)
+    a, b = torch.cat([points, good]).requires_grad_(), points.clone().requires_grad_()
+    out = PAIRWISE[kind](a, b)
+    assert out.isfinite().all() and (kind != "iou" or (out == 0).all())
+    pairs = iou_loss(a[:4], b, kind=kind, eps=0.0)
+    assert pairs.isfinite().all() and (kind != "iou" or (pairs == 1).all())
+    for grad in torch.autograd.grad(out.sum() + pairs.sum(), (a, b)):
+        assert grad.isfinite().all()
+    assert out[0, 1] == 0  # a point on itself: every quotient is 0 / 0
+
+
+@kinds
+@pytest.mark.parametrize("where", range(4))
+def test_a_nan_stays_in_its_pairs(kind, where, library):
+    a, b = make_boxes(40), make_boxes(50)
+    expected = PAIRWISE[kind](a, b)
+    dirty, other = a.clone(), b.clone()
+    dirty[7, where], other[33, where] = math.nan, math.nan
+    out = PAIRWISE[kind](dirty, other)
+    hit = torch.zeros(40, 50, dtype=torch.bool)
+    hit[7], hit[:, 33] = True, True
+    assert out[hit].isnan().all() and torch.equal(out[~hit], expected[~hit])
+    pairs = iou_loss(dirty, b[:40], kind=kind)
+    assert pairs[7].isnan() and torch.equal(pairs.isnan().nonzero(), torch.tensor([[7]]))
+    dirty.requires_grad_(), other.requires_grad_()
+    grads = torch.autograd.grad(PAIRWISE[kind](dirty, other).masked_fill(hit, 0.0).sum(), (dirty, other))
+    assert all(grad.isfinite().all() for grad in grads), "an upstream gradient of 0 stops a NaN"
+    assert (grads[0][7] == 0).all() and (grads[1][33] == 0).all()
+    (grad,) = torch.autograd.grad(iou_loss(dirty, b[:40], kind=kind).sum(), dirty)
+    assert grad[7].isnan().all() and grad[:7].isfinite().all() and grad[8:].isfinite().all()
+
+
+def test_inverted_boxes(library):
+    """They intersect nothing; their signed area counts, as in torchvision."""
+    good, flipped, twice = box(0.0, 0, 4, 4), box(3.0, 1, 1, 3), box(3.0, 3, 1, 1)
+    for a, b in ((good, flipped), (flipped, flipped), (good, twice), (twice, twice)):
+        assert minkernels.box_iou(a, b) == 0
+        torch.testing.assert_close(minkernels.generalized_box_iou(a, b), pairwise(a, b, "giou"))
+    torch.testing.assert_close(minkernels.generalized_box_iou(good, flipped), torch.tensor([[(12.0 - 16) / 16]]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_boxes(reduction, library):
+    none, some = torch.zeros(2, 0, 4, requires_grad=True), make_boxes(2, 3).requires_grad_()
+    for function in PAIRWISE.values():
+        for a, b in ((none, some), (some, none), (none, none), (none[:0], some[:0])):
+            out = function(a, b)
+            assert out.shape == (*a.shape[:-1], b.shape[-2])
+            assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), (a, b)))
+    value = iou_loss(none, none, kind="ciou", reduction=reduction)
+    assert value.shape == ((2, 0) if reduction == "none" else ()) and (value == 0).all()
+    assert torch.autograd.grad(value.sum(), none)[0].shape == none.shape
+
+
+def test_a_match_of_nothing(library):
+    boxes, none = make_boxes(2, 3), torch.zeros(2, 0, 4)
+    best_iou, best_gt, gt_best_iou, gt_best_box = iou_match(boxes, none)
+    assert torch.equal(best_iou, torch.zeros(2, 3)) and torch.equal(best_gt, torch.full((2, 3), -1))
+    assert gt_best_iou.shape == gt_best_box.shape == (2, 0)
+    found = iou_match(none, boxes)
+    assert torch.equal(found.gt_best_iou, torch.zeros(2, 3)) and torch.equal(found.gt_best_box, torch.full((2, 3), -1))
+    nan = torch.full((2, 3, 4), math.nan)
+    for found in (iou_match(nan, boxes), iou_match(boxes, nan), iou_match(boxes[:0], nan[:0])):
+        assert all((values == 0).all() for values in found[::2]) and all((indices == -1).all() for indices in found[1::2])
+    apart = iou_match(box(0.0, 0, 1, 1), torch.cat([box(5.0, 5, 6, 6), box(7.0, 7, 8, 8)]))
+    assert apart.best_gt == 0 and (apart.gt_best_box == 0).all(), "an IoU of 0 is a match, as in argmax"
+
+
+def test_match_has_no_gradient(library):
+    found = iou_match(make_boxes(5).requires_grad_(), make_boxes(3).requires_grad_())
+    assert not found.best_iou.requires_grad and not found.gt_best_iou.requires_grad
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes_are_widened(kind, dtype, library):
+    a, b = make_boxes(20, grid=2.0).to(dtype), make_boxes(30, grid=2.0).to(dtype)
+    a[:, 2:], b[:, 2:] = a[:, 2:].clamp(max=120), b[:, 2:].clamp(max=120)
+    out = PAIRWISE[kind](a, b)
+    assert out.dtype == torch.float32 and torch.equal(out, PAIRWISE[kind](a.float(), b.float()))
+    assert all(torch.equal(x, y) for x, y in zip(iou_match(a, b), iou_match(a.float(), b.float()), strict=True))
+    if dtype.is_floating_point:
+        leaf = a.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(PAIRWISE[kind](leaf, b).sum(), leaf)
+        wide_leaf = a.float().requires_grad_()
+        assert torch.equal(grad, torch.autograd.grad(PAIRWISE[kind](wide_leaf, b.float()).sum(), wide_leaf)[0].to(dtype))
+
+
+@kinds
+def test_leading_dimensions_broadcast(kind, library):
+    a, b = make_boxes(2, 1, 5).requires_grad_(), make_boxes(3, 7).requires_grad_()
+    out = PAIRWISE[kind](a, b)
+    torch.testing.assert_close(out, pairwise(a, b, kind))
+    dout = torch.randn(2, 3, 5, 7)
+    expected = grads_of(lambda a, b: pairwise(a, b, kind), (a, b), dout)
+    torch.testing.assert_close(torch.autograd.grad(out, (a, b), dout), expected, rtol=1e-4, atol=1e-5)
+    assert iou_match(a, b).best_gt.shape == (2, 3, 5) and iou_match(a, b).gt_best_box.shape == (2, 3, 7)
+
+
+@kinds
+@pytest.mark.parametrize("upstream", ["ones", "column", "row", "transposed", "few"])
+def test_upstream_gradients_of_any_layout(kind, upstream, library):
+    a, b = make_boxes(33).requires_grad_(), make_boxes(50).requires_grad_()
+    dout = {
+        "ones": torch.ones(()).expand(33, 50),
+        "column": torch.randn(33, 1).expand(33, 50),
+        "row": torch.randn(50).expand(33, 50),
+        "transposed": torch.randn(50, 33).mT,
+        "few": torch.randn(33, 50) * (torch.rand(33, 50) > 0.95),
+    }[upstream]
+    actual = torch.autograd.grad(PAIRWISE[kind](a, b), (a, b), dout)
+    exact = grads_of(lambda a, b: pairwise(a, b, kind), (a.double(), b.double()), dout.double())
+    plain = grads_of(lambda a, b: pairwise(a, b, kind), (a, b), dout)
+    for i in range(2):
+        assert_close(actual[i], plain[i], exact[i], torch.float32, draws=2)
+
+
+@kinds
+def test_one_side_alone(kind, library):
+    a, b = make_boxes(30).requires_grad_(), make_boxes(30).requires_grad_()
+    for function in (PAIRWISE[kind], lambda x, y: iou_loss(x, y, kind=kind)):
+        both = torch.autograd.grad(function(a, b).sum(), (a, b))
+        assert torch.equal(torch.autograd.grad(function(a, b.detach()).sum(), a)[0], both[0])
+        assert torch.equal(torch.autograd.grad(function(a.detach(), b).sum(), b)[0], both[1])
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])  # alpha of ciou is a constant of the gradient, not of the value: see test_reference
+@formats
+def test_gradcheck(kind, fmt, library):
+    a = make_boxes(2, 3, dtype=torch.float64, fmt=fmt) / 10
+    b = a.flip(1) + 0.3 * torch.rand(2, 3, 4, dtype=torch.float64)
+    a.requires_grad_(), b.requires_grad_()
+    torch.autograd.gradcheck(lambda a, b: PAIRWISE[kind](a, b, fmt=fmt), (a, b))
+    torch.autograd.gradcheck(lambda a, b: iou_loss(a, b, kind=kind, fmt=fmt, reduction="mean"), (a, b))
+
+
+def test_second_derivatives_raise(library):
+    a, b = make_boxes(4).requires_grad_(), make_boxes(4)
+    for out in (minkernels.box_iou(a, b).sum(), iou_loss(a, b, reduction="sum")):
+        (grad,) = torch.autograd.grad(out, a, create_graph=True)
+        with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
+            grad.sum().backward()
+
+
+def test_eps(library):
+    """In the pairwise functions eps is of the diagonal and of alpha; in the losses of every denominator."""
+    a, b = make_boxes(6), make_boxes(6)
+    for kind in ("diou", "ciou"):
+        torch.testing.assert_close(PAIRWISE[kind](a, b, eps=50.0), pairwise(a, b, kind, eps=50.0))
+    for kind in KINDS:
+        torch.testing.assert_close(iou_loss(a, b, kind=kind, eps=50.0), loss(a, b, kind, eps=50.0))
+
+
+def test_autocast_casts_nothing(library):
+    a, b = make_boxes(6), make_boxes(6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(minkernels.box_iou(a, b), pairwise(a, b, "iou")) and iou_loss(a, b).dtype == torch.float32
+
+
+def test_inputs_are_not_changed(library):
+    a, b = make_boxes(2, 40, fmt="cxcywh").requires_grad_(), make_boxes(2, 40, fmt="cxcywh").requires_grad_()
+    before = a.detach().clone(), b.detach().clone()
+    for kind in KINDS:
+        (PAIRWISE[kind](a, b, fmt="cxcywh").sum() + iou_loss(a, b, kind=kind, fmt="cxcywh").sum()).backward()
+    iou_match(a, b, fmt="cxcywh")
+    assert torch.equal(a, before[0]) and torch.equal(b, before[1])
+
+
+# Under PyTorch's transformations
+
+
+def test_registration(library):
+    a, b, kind = make_boxes(2, 5), make_boxes(2, 7), "ciou"
+    ops = torch.ops.minkernels
+    opcheck(ops.box_pairs_fwd.default, (a, b, kind, "xywh", 1e-7))
+    opcheck(ops.box_pairs_fwd.default, (a[:1].expand(2, 5, 4), b.double().float(), kind, "xywh", 1e-7))
+    for need in ((True, True), (True, False), (False, True)):
+        opcheck(ops.box_pairs_bwd.default, (torch.randn(2, 5, 7), a, b, kind, "cxcywh", 1e-7, *need))
+        opcheck(ops.iou_loss_bwd.default, (torch.randn(2, 5), a, a + 1, kind, "xyxy", 1e-7, *need))
+    for reduction in REDUCTIONS:
+        opcheck(ops.iou_loss_fwd.default, (a.bfloat16(), a.bfloat16() + 1, kind, "xyxy", 1e-7, reduction))
+    opcheck(ops.iou_match.default, (a, b, "xyxy"))
+
+
+def step(a, b):
+    values = minkernels.box_iou(a, b), minkernels.complete_box_iou(a, b, fmt="cxcywh")
+    return *values, iou_loss(a, b[..., : a.shape[-2], :], kind="giou", reduction="mean"), *iou_match(a, b)
+
+
+def test_compile(library):
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (5, 9):
+        a, b = make_boxes(2, n).requires_grad_(), make_boxes(2, n + 3).requires_grad_()
+        actual, expected = compiled(a, b), step(a, b)
+        assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
+        grads = [torch.autograd.grad(sum(t.sum() for t in out[:3]), (a, b)) for out in (actual, expected)]
+        torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_export(library):
+    class Model(torch.nn.Module):
+        def forward(self, a, b):
+            return step(a, b)
+
+    a, b = make_boxes(2, 5), make_boxes(2, 8)
+    n = torch.export.Dim("n", min=2, max=100)
+    program = torch.export.export(Model(), (a, b), dynamic_shapes=({1: n}, {1: n + 3})).module()
+    a, b = make_boxes(2, 20), make_boxes(2, 23)
+    assert all(torch.equal(x, y) for x, y in zip(program(a, b), step(a, b), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@kinds
+def test_grad_and_vmap(kind, library):
+    a, b = make_boxes(3, 5), make_boxes(3, 5)
+    for function in (PAIRWISE[kind], lambda x, y: iou_loss(x, y, kind=kind)):
+        assert torch.equal(torch.func.vmap(function)(a, b), function(a, b))
+        grad = torch.func.vmap(torch.func.grad(lambda x, y: function(x, y).sum()))(a, b)  # noqa: B023
+        leaf = a.clone().requires_grad_()
+        torch.testing.assert_close(grad, torch.autograd.grad(function(leaf, b).sum(), leaf)[0])
+    assert torch.equal(torch.func.vmap(iou_match, in_dims=(0, None))(a, b[0]).best_gt, iou_match(a, b[0]).best_gt)
+
+
+# Bad input
+
+GOOD = make_boxes(3), make_boxes(3)
+BAD = {  # what replaces the first or second argument, or options
+    "list": (dict(first=[1.0]), TypeError, "{0} must be a tensor, got list"),
+    "bool": (dict(first=torch.ones(3, 4).bool()), TypeError, "{0} must be "),
+    "complex": (dict(second=torch.ones(3, 4).cfloat()), TypeError, "{1} must be "),
+    "width": (dict(first=torch.ones(3, 5)), ValueError, "{0} must be (..., "),
+    "dtypes": (dict(second=GOOD[1].double()), TypeError, "{0} and {1} must have one dtype, got torch.float32 and torch.float64"),
+    "devices": (dict(second=GOOD[1].to("meta")), TypeError, "{0} and {1} must be on one device, got cpu and meta"),
+    "fmt": (dict(fmt="yxyx"), ValueError, "fmt must be one of xyxy, xywh, cxcywh, got 'yxyx'"),
+}
+PAIRWISE_BAD = {
+    "rank": (dict(first=torch.ones(4)), ValueError, "{0} must be (..., number of boxes, 4), got (4,)"),
+    "second": (dict(second=torch.ones(3, 3)), ValueError, "{1} must be (..., number of boxes, 4), got (3, 3)"),
+    "leading": (
+        dict(first=torch.ones(2, 3, 4), second=torch.ones(3, 3, 4)),
+        ValueError,
+        "the leading dimensions of {0} and {1} must broadcast, got (2, 3, 4) and (3, 3, 4)",
+    ),
+}
+EPS_BAD = {
+    "negative eps": (dict(eps=-1e-7), ValueError, "eps must be at least 0, got -1e-07"),
+    "eps nan": (dict(eps=math.nan), ValueError, "eps must be finite, got nan"),
+    "eps type": (dict(eps="a"), TypeError, "eps must be a number, got 'a'"),
+}
+LOSS_BAD = {
+    "shapes": (dict(second=torch.ones(2, 4)), ValueError, "target must have the shape of input, (3, 4), got (2, 4)"),
+    "scalar": (dict(first=torch.ones(()), second=torch.ones(())), ValueError, "input must be (..., 4), got ()"),
+    "integers": (dict(first=torch.ones(3, 4).int()), TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int32"),
+    "kind": (dict(kind="eiou"), ValueError, "kind must be one of iou, giou, diou, ciou, got 'eiou'"),
+    "reduction": (dict(reduction="avg"), ValueError, "reduction must be one of none, mean, sum, got 'avg'"),
+}
+FUNCTIONS = {  # the function, its names of the two, and which cases it has
+    "box_iou": (minkernels.box_iou, ("boxes1", "boxes2"), BAD | PAIRWISE_BAD),
+    "generalized_box_iou": (minkernels.generalized_box_iou, ("boxes1", "boxes2"), BAD | PAIRWISE_BAD),
+    "distance_box_iou": (minkernels.distance_box_iou, ("boxes1", "boxes2"), BAD | PAIRWISE_BAD | EPS_BAD),
+    "complete_box_iou": (minkernels.complete_box_iou, ("boxes1", "boxes2"), BAD | PAIRWISE_BAD | EPS_BAD),
+    "iou_match": (iou_match, ("boxes", "gts"), BAD | PAIRWISE_BAD),
+    "iou_loss": (iou_loss, ("input", "target"), BAD | LOSS_BAD | EPS_BAD),
+}
+BAD_CASES = {f"{name}-{case}": (f, names, *bad[case]) for name, (f, names, bad) in FUNCTIONS.items() for case in bad}
+
+
+@pytest.mark.parametrize("function, names, change, error, message", BAD_CASES.values(), ids=BAD_CASES)
+def test_bad_input(function, names, change, error, message, library):
+    function(*GOOD)
+    change = dict(change)
+    first, second = change.pop("first", GOOD[0]), change.pop("second", GOOD[1])
+    with pytest.raises(error, match=re.escape(message.format(*names))):
+        function(first, second, **change)

@@ -109,12 +109,12 @@ def torchvision_loss(a, b, kind, eps=1e-7):
 IMPLS, COMPILED = ("minkernels", "torch"), ("torch-compile",)
 
 
-def make(n, case, device, image=640.0):
-    """Boxes of 8 to 196 pixels in an image, half of them near one of 20 objects, as a detector makes them."""
+def make(n, case, device, smallest=3, image=640.0):
+    """Boxes of 2**smallest to 2**7.6 pixels in an image, half of them near one of 20 objects, as a detector makes them."""
     xy = image * torch.rand(case.sets, n, 2, device=device, dtype=torch.float64)
     near = image * torch.rand(case.sets, 20, 2, device=device, dtype=torch.float64)[:, torch.arange(n, device=device) % 20]
     xy = torch.where(torch.rand(case.sets, n, 1, device=device) > 0.5, xy, near + 8 * torch.randn_like(xy))
-    wh = torch.exp2(3 + 4.6 * torch.rand_like(xy))
+    wh = torch.exp2(smallest + (7.6 - smallest) * torch.rand_like(xy))
     boxes = torch.cat([xy - wh / 2, xy + wh / 2], -1).to(case.dtype)
     return boxes[0] if case.sets == 1 else boxes
 
@@ -176,7 +176,7 @@ def bench_iou_match(timed, device, case, impl):
 
 
 def run_loss(timed, device, case, kind):
-    a = make(case.N, case, device)
+    a = make(case.N, case, device, smallest=5)  # bfloat16 has steps of up to 4 pixels there
     b = (a + 8 * torch.rand_like(a)).to(case.dtype)
     ours, plain, theirs = (
         partial(minkernels.iou_loss, kind=kind, reduction="mean"), partial(plain_loss, kind=kind), partial(torchvision_loss, kind=kind),
@@ -198,6 +198,7 @@ CASES = {
     "cuda": [Case(4000, 4000), Case(20000, 20000), Case(300, 1000, 64)],
     "tiny": [Case(5, 9), Case(6, 3, 2)],
 }
+bench_complete_box_iou.cases = bench_complete_box_iou_fwd_grad.cases = {**CASES, "cpu": [Case(1000, 1000), Case(300, 1000, 4)]}
 bench_iou_match.cases = {
     "cpu": [Case(100_000, 100), Case(8400, 20, 16)],
     "cuda": [Case(250_000, 100), Case(8400, 20, 64)],

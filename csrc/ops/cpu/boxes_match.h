@@ -1,6 +1,7 @@
 // The best match: the lanes hold boxes, a ground truth meets them all. Included by boxes_kernel.h.
-// Pairs that do not meet are skipped, a whole register of them at a time: their IoU is 0 or NaN, and neither beats what is there. Whoever
-// ends without an IoU above 0 looks again for the first partner whose IoU is 0.
+// Pairs that do not meet are skipped, a whole register of them at a time: their IoU is 0 or NaN, and neither beats the IoU with the first
+// ground truth, which is always computed. Whoever ends without an IoU above 0, and not with that first one, looks again for the first
+// partner whose IoU is 0.
 
 // The IoU of one pair, bit for bit what the lanes give.
 template <class A>
@@ -55,7 +56,7 @@ static void match_part(const Match& m, int64_t task, char* scratch) {
         bool found = false;
         for (int64_t i = block; i < min(block + BLOCK, n); i += L) {
           Meeting<A> meet = meeting(load_corners(corners + i, apart), gt);
-          if (!any_above_0(least(meet.w, meet.h))) continue;
+          if (first + g && !any_above_0(least(meet.w, meet.h))) continue;
           vec<A> x = iou(overlap(meet, load(areas + i), gt_area)), old = load(best + i);
           vec<I> better = x > old, tops = x > top;
           store(best + i, better ? x : old), store(best_at + i, better ? number : load(best_at + i));
@@ -76,7 +77,7 @@ static void match_part(const Match& m, int64_t task, char* scratch) {
   int64_t* best_gt = m.best_gt + set * m.N + begin;
   for (int64_t i = 0; i < n; i++) {
     int64_t at = best_at[i];
-    if (!(best[i] > 0)) {
+    if (!(best[i] > 0) && at) {
       A box[4] = {corners[i], corners[apart + i], corners[2 * apart + i], corners[3 * apart + i]};
       look_again(box, m.gts, set, m.G, m.format, best[i], at);
     }

@@ -23,7 +23,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # interpreted bfloat16 arithmetic is wrong
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 kinds = pytest.mark.parametrize("kind", KINDS)
-SHAPES = {  # leading dimensions, N, M; tiles are 16 x 32 and smaller, sums are split into parts of 256 or more
+SHAPES = {  # leading dimensions, N, M; tiles are 8 x 32 and larger, sums are split into parts of 256 or more
     "one": ((), 1, 1),
     "ragged": ((2,), 17, 33),
     "parts": ((), 3, 600),

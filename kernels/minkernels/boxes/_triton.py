@@ -156,7 +156,7 @@ def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
             if not dout.numel():
                 d.zero_()
                 continue
-            BLOCK_N, BLOCK_M = _block(N, 16), _block(M, 32)
+            BLOCK_N, BLOCK_M = _block(N, 8), _block(M, 32)  # two pairs a thread: with four, CIoU spills
             part, parts = _split(sets * triton.cdiv(N, BLOCK_N), M)
             sums = d.new_empty((parts, *d.shape)) if parts > 1 else d
             with torch.cuda.device_of(a):

@@ -159,7 +159,7 @@ def test_reference_dice(shape, reduction, per_image, squared, masked):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu(shape, gamma, dtype, levels):
     x, t = make(shape, dtype)
-    check_pointwise(list(levels), x, t, None, None, None, 0.25 if gamma else -1.0, gamma, "mean")
+    check_pointwise(levels, x, t, None, None, None, 0.25 if gamma else -1.0, gamma, "mean")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -171,7 +171,7 @@ def test_cpu_options(reduction, target, masked, gamma, levels):
     x, t = make(shape, torch.float32, target)
     weights = [torch.rand(50), torch.rand(4, 1, 1)] if gamma == 0 else [None, None]
     mask = torch.rand(3, 1, 7, 50) > 0.3 if masked else None
-    check_pointwise(list(levels), x, t, *weights, mask, 0.25 if gamma else -1.0, gamma, reduction)
+    check_pointwise(levels, x, t, *weights, mask, 0.25 if gamma else -1.0, gamma, reduction)
 
 
 @settings(max_examples=400, derandomize=True, deadline=None)
@@ -203,7 +203,7 @@ def test_cpu_fuzz(library, shape, dtype, target, reduction, layouts, gamma, alph
 @pytest.mark.parametrize("per_image", [True, False], ids=["image", "batch"])
 def test_cpu_dice(shape, dtype, per_image, levels):
     x, t = make(shape, dtype)
-    check_dice(list(levels), x, t, None, (None, 1.0, 1.0, 1.0, False, per_image, "mean"))
+    check_dice(levels, x, t, None, (None, 1.0, 1.0, 1.0, False, per_image, "mean"))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -218,7 +218,7 @@ def test_cpu_dice_options(reduction, target, masked, squared, levels):
     mask = None if masked is None else torch.rand(3, 4 if masked == "all" else 1, 33, 50) > 0.3
     if mask is not None:
         mask[1, 0] = False  # an entry, or an image, without any element that counts
-    check_dice(list(levels), x, t, mask, (torch.rand(4), 0.7, 1.3, 0.5, squared, True, reduction))
+    check_dice(levels, x, t, mask, (torch.rand(4), 0.7, 1.3, 0.5, squared, True, reduction))
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)

@@ -1,6 +1,7 @@
 """Average precision against pycocotools and against a plain loop over VOC's rules, segmentation scores against sets of pixels."""
 
 import copy
+import importlib.machinery
 import json
 import re
 import sys
@@ -398,6 +399,17 @@ def test_without_the_module_one_sentence_says_how_to_build_it(monkeypatch):
         message = "^minkernels._host is not built for this Python: pip install pybind11, then python -m minkernels build$"
         with pytest.raises(ImportError, match=message):
             call([{"boxes": [], "classes": []}], [{"boxes": [], "classes": [], "scores": []}])
+
+
+def test_the_build(tmp_path, monkeypatch):
+    """The module's name is one that this Python imports."""
+    out = _build.build_host(tmp_path / _build.HOST)
+    assert importlib.machinery.PathFinder.find_spec("_host", [str(tmp_path)]).origin == str(out)
+    out.unlink()
+    monkeypatch.setitem(sys.modules, "pybind11", None)
+    with pytest.raises(RuntimeError, match=r"^no pybind11: pip install pybind11$"):
+        _build.build_host(out)
+    assert not out.exists()
 
 
 # Segmentation

@@ -32,7 +32,7 @@ class BuildExt(build_ext):
             print(f"\nwarning: minkernels is installed without {what}: {error}\n{HOW}\n", file=sys.stderr)
 
     def get_ext_filename(self, fullname):
-        if fullname == HOST:
+        if HOST.endswith(fullname):  # setuptools asks for the last part too
             return super().get_ext_filename(fullname)  # for this Python alone; another one says how to build its own
         return str(Path(*fullname.split("."))) + ".so"  # one library for every Python
 

@@ -1,6 +1,7 @@
 """Training, generation and the showcase through the command line: exact resumption, files left behind, the text of each error."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -116,10 +117,11 @@ def test_a_signal_ends_a_process_with_a_checkpoint(book, tmp_path, number):
 
 def test_minutes_bound_the_training(book, tmp_path):
     assert tiny(book, tmp_path / "run", "--minutes", 0.01) == 0
-    seconds = metrics(tmp_path / "run", "seconds")[-1][1]
-    assert 0.6 <= seconds < 3
+    seconds = [seconds for _, seconds in metrics(tmp_path / "run", "seconds")][:-1]  # the last line is the evaluation
+    assert len(seconds) > 3 and seconds[-2] < 0.6 <= seconds[-1]
     rates = [lr for _, lr in metrics(tmp_path / "run", "lr")]
-    assert rates[0] == pytest.approx(GPTOptions.lr / 3, rel=0.05) and rates[-1] < 0.05 * max(rates)
+    for step in (3, len(rates) - 1):  # after the warm-up; by the clock, whatever else the machine does
+        assert rates[step] == pytest.approx(GPTOptions.lr * (1 + math.cos(math.pi * seconds[step - 1] / 0.6)) / 2)
 
 
 def test_accumulated_batches_are_one_step_of_the_mean_gradient(book, tmp_path):

@@ -5,9 +5,11 @@ from minkernels.attention.ops import attention, attention_varlen, merge_attentio
 from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
+from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
 
 __version__ = "0.1.0"
 __all__ = [
+    "RescoredNMS",
     "TokenLogprobs",
     "attention",
     "attention_varlen",
@@ -17,7 +19,9 @@ __all__ = [
     "info",
     "linear_cross_entropy",
     "linear_token_logprobs",
+    "matrix_nms",
     "merge_attention",
     "sigmoid_focal_loss",
+    "soft_nms",
     "token_logprobs",
 ]

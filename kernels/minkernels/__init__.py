@@ -4,15 +4,18 @@ from minkernels._info import info
 from minkernels.attention.ops import attention, attention_varlen, merge_attention
 from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
+from minkernels.nms.ops import PaddedNMS, batched_nms, nms, nms_padded
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
 
 __version__ = "0.1.0"
 __all__ = [
+    "PaddedNMS",
     "RescoredNMS",
     "TokenLogprobs",
     "attention",
     "attention_varlen",
+    "batched_nms",
     "bce_dice_loss",
     "bce_with_logits",
     "cross_entropy",
@@ -21,6 +24,8 @@ __all__ = [
     "linear_token_logprobs",
     "matrix_nms",
     "merge_attention",
+    "nms",
+    "nms_padded",
     "sigmoid_focal_loss",
     "soft_nms",
     "token_logprobs",

@@ -8,11 +8,6 @@
 
 #include "runtime.h"
 
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=off")
-#endif
 #define KERNEL "soft_nms_kernel.h"
 #include "levels.h"
 
@@ -24,7 +19,7 @@ static SoftNMSKernels<A> kernels_now() {
   return kernels_at[level()]();
 }
 
-struct Args {  // of a call; all tensors are dense, in the type of the arithmetic
+struct SoftArgs {  // of a call; all tensors are dense, in the type of the arithmetic
   Tensor boxes, scores;
   std::optional<Tensor> class_ids;
   double min_score;
@@ -33,14 +28,14 @@ struct Args {  // of a call; all tensors are dense, in the type of the arithmeti
 
 // The boxes of an image that count: in the order of their numbers, and grouped by class.
 template <class A>
-struct Image {
+struct Candidates {
   std::vector<int64_t> number;  // in the image
   std::vector<A> s;             // scores
   std::vector<int64_t> of;      // which group it is in
   std::vector<int64_t> begins;  // of each group, and the end of the last one
   const A* boxes;
 
-  Image(const Args& a, int64_t image) {
+  Candidates(const SoftArgs& a, int64_t image) {
     int64_t N = a.scores.size(1);
     boxes = (const A*)a.boxes.data_ptr() + image * N * 4;
     const A* scores = (const A*)a.scores.data_ptr() + image * N;
@@ -54,7 +49,7 @@ struct Image {
   }
 
   int64_t size() const { return int64_t(number.size()); }
-  Box<A> box(int64_t i) const {
+  SoftBox<A> box(int64_t i) const {
     const A* b = boxes + 4 * number[i];
     return {b[0], b[1], b[2], b[3], (b[2] - b[0]) * (b[3] - b[1])};
   }
@@ -75,11 +70,11 @@ struct Image {
 };
 
 template <class A>
-struct BoxArrays {
+struct SoftArrays {
   std::vector<A> memory;
-  Boxes<A> boxes;
+  SoftBoxes<A> boxes;
 
-  explicit BoxArrays(int64_t n) : memory(5 * (n + BOXES_PAD)) {
+  explicit SoftArrays(int64_t n) : memory(5 * (n + BOXES_PAD)) {
     A* p = memory.data();
     n += BOXES_PAD;
     boxes = {p, p + n, p + 2 * n, p + 3 * n, p + 4 * n};
@@ -87,12 +82,12 @@ struct BoxArrays {
 };
 
 template <class A>
-static void write(const Args& a, int64_t image, int64_t k, int64_t number, A s) {
+static void write(const SoftArgs& a, int64_t image, int64_t k, int64_t number, A s) {
   int64_t at = image * a.indices.size(1) + k;
   ((int64_t*)a.indices.data_ptr())[at] = number, ((A*)a.out_scores.data_ptr())[at] = s;
 }
 template <class A>
-static void finish(const Args& a, int64_t image, int64_t count) {
+static void finish(const SoftArgs& a, int64_t image, int64_t count) {
   ((int64_t*)a.counts.data_ptr())[image] = count;
   for (int64_t k = count; k < a.indices.size(1); k++) write<A>(a, image, k, -1, 0);
 }
@@ -100,14 +95,14 @@ static void finish(const Args& a, int64_t image, int64_t count) {
 // A box's score is lowered when its turn comes, by all that were kept since it was looked at last: what lies below the last box that is
 // kept is never looked at.
 template <class A>
-static void soft_nms_image(const Args& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
+static void soft_nms_image(const SoftArgs& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
   struct Entry {
     A s;  // at most: kept boxes after the first `done` of its class have not lowered it yet
     int64_t i;
     bool operator<(const Entry& o) const { return s < o.s || (s == o.s && i > o.i); }
   };
-  Image<A> x(a, image);
-  BoxArrays<A> kept(x.size());
+  Candidates<A> x(a, image);
+  SoftArrays<A> kept(x.size());
   std::vector<int64_t> kept_counts(x.begins.size() - 1), done(x.size());
   std::vector<Entry> heap(x.size());
   for (int64_t i = 0; i < x.size(); i++) heap[i] = {x.s[i], i};
@@ -118,8 +113,8 @@ static void soft_nms_image(const Args& a, int64_t image, const Decay<A>& decay, 
     Entry e = heap.back();
     heap.pop_back();
     int64_t group = x.of[e.i];
-    Boxes<A> own = kept.boxes.from(x.begins[group]);
-    Box<A> box = x.box(e.i);
+    SoftBoxes<A> own = kept.boxes.from(x.begins[group]);
+    SoftBox<A> box = x.box(e.i);
     A stop = heap.empty() ? A(0) : heap[0].s;
     e.s = kernels.lower(own, done[e.i], kept_counts[group], box, e.s, stop, A(a.min_score), decay);
     if (!(e.s > A(a.min_score))) continue;
@@ -135,15 +130,15 @@ static void soft_nms_image(const Args& a, int64_t image, const Decay<A>& decay, 
 }
 
 template <class A>
-static void matrix_nms_image(const Args& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
-  Image<A> x(a, image);
+static void matrix_nms_image(const SoftArgs& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
+  Candidates<A> x(a, image);
   int64_t n = x.size();
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
     return x.of[i] != x.of[j] ? x.of[i] < x.of[j] : x.s[i] != x.s[j] ? x.s[i] > x.s[j] : i < j;
   });
-  BoxArrays<A> sorted(n);
+  SoftArrays<A> sorted(n);
   std::vector<A> scores(n), c(n + BOXES_PAD);
   for (int64_t i = 0; i < n; i++) sorted.boxes.put(i, x.box(order[i])), scores[i] = x.s[order[i]];
   for (size_t group = 0; group + 1 < x.begins.size(); group++) {
@@ -162,7 +157,7 @@ static void matrix_nms_image(const Args& a, int64_t image, const Decay<A>& decay
 }
 
 template <class A>
-static void rescore(const Args& a, bool matrix, bool gaussian, double iou_threshold, double factor) {
+static void rescore(const SoftArgs& a, bool matrix, bool gaussian, double iou_threshold, double factor) {
   SoftNMSKernels<A> kernels = kernels_now<A>();
   Decay<A> decay{gaussian, A(iou_threshold), A(factor)};
   run_tasks(a.boxes.size(0), 0,
@@ -172,7 +167,7 @@ static void rescore(const Args& a, bool matrix, bool gaussian, double iou_thresh
 // factor: of IoU**2 in the exponent. class_ids: int64. Thresholds are numbers of the type of the arithmetic.
 static void rescored_nms(Tensor boxes, Tensor scores, std::optional<Tensor> class_ids, bool matrix, bool gaussian, double iou_threshold,
                          double factor, double min_score, Tensor indices, Tensor out_scores, Tensor counts) {
-  Args a{boxes, scores, class_ids, min_score, indices, out_scores, counts};
+  SoftArgs a{boxes, scores, class_ids, min_score, indices, out_scores, counts};
   (dtype_of(boxes) == Dtype::f64 ? rescore<double> : rescore<float>)(a, matrix, gaussian, iou_threshold, factor);
 }
 

@@ -41,7 +41,7 @@ struct Overlap {
   uint32_t bits;  // of the lanes whose boxes share an area with the box; in the others the IoU is 0
 };
 template <class A>
-INLINE Overlap<A> overlap(const Boxes<A>& b, int64_t i, const Box<A>& box) {
+INLINE Overlap<A> overlap(const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
   Overlap<A> o;
   o.w = smaller(load(b.x2 + i), splat(box.x2)) - max(load(b.x1 + i), splat(box.x1));
   o.h = smaller(load(b.y2 + i), splat(box.y2)) - max(load(b.y1 + i), splat(box.y1));
@@ -50,7 +50,7 @@ INLINE Overlap<A> overlap(const Boxes<A>& b, int64_t i, const Box<A>& box) {
 }
 // Of the lanes that overlap; of the others any number.
 template <class A>
-INLINE vec<A> iou(const Overlap<A>& o, const Boxes<A>& b, int64_t i, const Box<A>& box) {
+INLINE vec<A> iou(const Overlap<A>& o, const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
   vec<A> both = o.w * o.h, ratio = both / (load(b.area + i) + box.area - both);
   ratio = ratio == ratio ? ratio : vec<A>{};
   return smaller(ratio, splat(A(1)));
@@ -75,7 +75,7 @@ INLINE vec<A> exp_of_minus(vec<A> u) {
 }
 
 template <class A>
-static A lower(const Boxes<A>& kept, int64_t& done, int64_t n, const Box<A>& box, A s, A stop, A least, const Decay<A>& d) {
+static A lower(const SoftBoxes<A>& kept, int64_t& done, int64_t n, const SoftBox<A>& box, A s, A stop, A least, const Decay<A>& d) {
   constexpr int L = vector<A>::lanes;
   while (done < n) {
     int64_t i = done;
@@ -107,10 +107,10 @@ static A lower(const Boxes<A>& kept, int64_t& done, int64_t n, const Box<A>& box
 // Row by row, and c of every box above is known: one pass over the pairs. Lanes from j on are no boxes above: c of them is such that
 // they lower nothing.
 template <class A>
-static void matrix(const Boxes<A>& b, int64_t n, A* scores, A* c, const Decay<A>& d) {
+static void matrix(const SoftBoxes<A>& b, int64_t n, A* scores, A* c, const Decay<A>& d) {
   constexpr int L = vector<A>::lanes;
   for (int64_t j = 0; j < n; j++) {
-    Box<A> box = b.at(j);
+    SoftBox<A> box = b.at(j);
     vec<A> most = {}, m = d.gaussian ? vec<A>{} : splat(A(1));
     for (int64_t i = 0; i < j; i += L) {
       Overlap<A> o = overlap(b, i, box);

@@ -1,10 +1,11 @@
 """What every road of Soft-NMS and Matrix NMS shares: results, and numbers as the arithmetic takes them."""
 
-import struct
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from minkernels.nms._common import round_down
 
 
 class RescoredNMS(NamedTuple):
@@ -29,12 +30,4 @@ def outputs(boxes, scores, max_output):
 
 def below(x: float, dtype: torch.dtype) -> float:
     """The largest number of dtype that is at most x: score > below(x) of a score in dtype is score > x without rounding."""
-    if dtype == torch.float64:
-        return x
-    (bits,) = struct.unpack("<i", struct.pack("<f", x))
-    (rounded,) = struct.unpack("<f", struct.pack("<i", bits))
-    if rounded <= x:
-        return rounded
-    if rounded == 0:
-        return -(2.0**-149)  # the smallest subnormal
-    return struct.unpack("<f", struct.pack("<i", bits - 1 if rounded > 0 else bits + 1))[0]
+    return x if dtype == torch.float64 else round_down(x)

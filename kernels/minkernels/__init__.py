@@ -7,9 +7,11 @@ from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_tok
 from minkernels.nms.ops import PaddedNMS, batched_nms, nms, nms_padded
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
+from minkernels.yolo.ops import Detections, yolo_detect
 
 __version__ = "0.1.0"
 __all__ = [
+    "Detections",
     "PaddedNMS",
     "RescoredNMS",
     "TokenLogprobs",
@@ -29,4 +31,5 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_nms",
     "token_logprobs",
+    "yolo_detect",
 ]

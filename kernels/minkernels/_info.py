@@ -69,7 +69,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
-        backends=dict.fromkeys(("attention", "cross_entropy", "linear_cross_entropy", "segmentation"), devices),
+        backends=dict.fromkeys(("attention", "cross_entropy", "linear_cross_entropy", "nms", "segmentation"), devices),
         missing=tuple(missing),
     )
 

@@ -21,7 +21,7 @@ class PaddedNMS(NamedTuple):
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """The boxes that are left when each takes away those of lower scores that overlap it: torchvision.ops.nms, on every device as on its CPU.
+    """The boxes that are left when each takes away those of lower score that overlap it: torchvision.ops.nms, everywhere as on its CPU.
 
     Args:
         boxes: (N, 4) corners x1, y1, x2, y2, in any unit: float16, bfloat16, float32, or float64 (CPU only); any strides; N < 2**31.

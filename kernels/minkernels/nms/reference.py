@@ -26,7 +26,7 @@ def _greedy(boxes, scores, class_ids, iou_threshold, dropped, max_output):
     acc = torch.promote_types(boxes.dtype, torch.float32)
     threshold = iou_threshold if acc == torch.float64 else round_down(iou_threshold)
     B, N = scores.shape
-    order = scores.sort(-1, descending=True, stable=True).indices  # a NaN first
+    order = scores.sort(dim=-1, descending=True, stable=True).indices  # a NaN first
     x1, y1, x2, y2 = boxes.to(acc).gather(1, order[..., None].expand(B, N, 4)).unbind(-1)
     area = (x2 - x1) * (y2 - y1)
     classes = None if class_ids is None else class_ids.gather(1, order)

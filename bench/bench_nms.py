@@ -11,6 +11,7 @@ import torch
 import minkernels
 from bench import plain_nms
 from bench.timing import installed
+from minkernels.nms import _cuda
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 from nms_cases import DATA
@@ -81,6 +82,12 @@ def ours(boxes, scores, idxs):
     return minkernels.nms(boxes, scores, IOU) if idxs is None else minkernels.batched_nms(boxes, scores, idxs, IOU)
 
 
+def cuda_cpp():
+    if not _cuda.built():
+        raise ImportError("the library was built without nvcc")
+    return lambda boxes, scores, idxs: _cuda.nms(boxes, scores, idxs, IOU)
+
+
 def greedy(boxes, scores, idxs):
     if boxes.is_cuda:
         pytest.skip("runs on the CPU")
@@ -89,6 +96,7 @@ def greedy(boxes, scores, idxs):
 
 IMPLS = {"minkernels": ours, "greedy-loop": greedy, "torchvision": installed("torchvision", torchvision)}
 IMPLS |= {"opencv": installed("opencv", opencv), "onnxruntime": installed("onnxruntime", onnxruntime)}
+CUDA_IMPLS = {"cuda-cpp": installed("csrc/ops/cuda", cuda_cpp)}
 SIZES = [("clusters", 1000, 80), ("clusters", 10_000, 1), ("clusters", 10_000, 80), ("clusters", 50_000, 80), ("uniform", 50_000, 80)]
 CASES = {
     "cpu": [*(Case(*size) for size in SIZES), Case("sparse", 50_000, 1), Case("clusters", 200_000, 1)],
@@ -120,7 +128,7 @@ def bench_nms(timed, device, case, impl):
             on_cpu = [t if t is None else t.cpu() for t in args]
             return plain_nms.nms(*on_cpu[:2], IOU) if case.classes == 1 else plain_nms.nms_per_class(*on_cpu, IOU)
 
-        table = {name: partial(f, *args) for name, f in IMPLS.items()}
+        table = {name: partial(f, *args) for name, f in (IMPLS | CUDA_IMPLS).items()}
         if device == "cuda" or case.N > LONG or case.data == "sparse":
             table |= {"opencv": slow, "onnxruntime": slow}
         return table, lambda kept: different(kept, exact())
@@ -155,7 +163,8 @@ def bench_padded(timed, device, case, impl):
         def exact():
             return loop(lambda *one: plain_nms.nms_per_class(*one, IOU), *(t.cpu() for t in args))
 
-        table = {name: partial(loop, f, *args) for name, f in IMPLS.items()} | {"minkernels": partial(padded, *args)}
+        table = {name: partial(loop, f, *args) for name, f in (IMPLS | CUDA_IMPLS).items()}
+        table |= {"minkernels": partial(padded, *args), "cuda-cpp": lambda: _cuda.nms_padded(*args, IOU, 0.25, 300, False)[0]}
         return table, lambda indices: different(numbered(indices), numbered(exact()))
 
     timed("nms_padded", build, shape=(case.images, case.N, case.classes), dtype=torch.float32, bytes=case.images * case.N * 32)

@@ -2,6 +2,7 @@
 the target's limit, and a device assert that is really there."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from minkernels.attention import _triton as attention  # noqa: E402
 from minkernels.attention._options import Options  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
 from minkernels.cross_entropy._options import Options as SoftmaxOptions  # noqa: E402
+from minkernels.nms import _triton as nms  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
 
 EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
@@ -198,3 +200,21 @@ def test_bce_dice(target, class_map, dtype, tmp_path):
         check(kernels, target, tmp_path, dtype, ["_dice_sums_kernel", "_dice_finish_kernel", "_dice_grad_kernel"])
         if "ptx" in kernels[0].asm:
             assert ("assertfail" in kernels[0].asm["ptx"]) == class_map, "classes are checked"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("classes, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["one-class", "classes"])
+def test_nms(target, classes, dtype, tmp_path):
+    """The quotient that decides is rounded as IEEE has it, and no product is contracted with a sum; the first kernel alone sees dtypes."""
+    boxes, scores = torch.empty(2, nms.TILE + 1, 4, dtype=dtype), torch.zeros(2, nms.TILE + 1, dtype=dtype)
+    ids = torch.zeros(2, nms.TILE + 1, dtype=torch.int64) if classes else None
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        nms.nms_padded(boxes, scores, ids, 0.5, 0.1, 300, True)
+    names = ["_rank_kernel", "_resolve_kernel", "_push_kernel", "_resolve_kernel", "_suppressor_kernel"]
+    check(kernels, target, tmp_path, dtype, names)
+    assert len(names) == nms.launches(nms.TILE + 1, True)
+    for kernel in kernels:
+        if "ptx" in kernel.asm:
+            assert not re.search(r"\bfma\.", kernel.asm["ptx"]), f"{kernel.metadata.name} contracts"
+            assert ("div.rn.f32" in kernel.asm["ptx"]) == (kernel.metadata.name in ("_resolve_kernel", "_push_kernel"))
+            assert not re.search(r"div\.(full|approx)", kernel.asm["ptx"])

@@ -38,7 +38,7 @@ def matrix_nms(boxes, scores, class_ids, method, sigma, min_score, max_output):
         scores = torch.where((scores > least) & ~boxes.isnan().any(-1), scores, -INF.value)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         c, new = torch.empty_like(scores), torch.empty_like(scores)
-        shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4, **EXACT)
+        shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **EXACT)
         with torch.cuda.device_of(boxes):
             for decay in (False, True):
                 _matrix_kernel[triton.cdiv(N, COLUMNS), B](

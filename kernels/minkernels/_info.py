@@ -10,6 +10,8 @@ import torch
 
 from minkernels import _library
 
+FAMILIES = "attention", "cross_entropy", "linear_cross_entropy", "segmentation", "boxes", "nms", "soft_nms", "yolo"
+
 
 @dataclass(frozen=True)
 class Info:
@@ -74,7 +76,7 @@ def info() -> Info:
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
         host=host.origin if host else f"not built for this Python: pip install pybind11, then {_library.BUILD}",
-        backends=dict.fromkeys(("attention", "cross_entropy", "linear_cross_entropy", "segmentation", "boxes"), devices),
+        backends=dict.fromkeys(FAMILIES, devices),
         missing=tuple(missing),
     )
 

@@ -30,12 +30,17 @@ struct Carver {
 };
 
 static size_t carve(const Nms& a, char* memory, Image& x) {
-  int64_t places = a.N + (a.N / TASK_BOXES + 2) * LINE, item = a.box_type == Dtype::f64 ? 8 : 4;
+  int64_t places = a.N + (a.N / TASK_BOXES + 2) * 2 * LINE, item = a.box_type == Dtype::f64 ? 8 : 4;
   Carver take{memory};
   take(x.pairs, a.N + 1), take(x.spare, a.N + 1), take(x.order, a.N), take(x.keep, a.N), take(x.rank, places);
   take(x.suppressor, a.want_suppressor ? a.N : 0);
   for (char** p : {&x.x1, &x.y1, &x.x2, &x.y2, &x.area}) take(*p, places * item);
   take(x.segments, a.classes ? a.N : 1), take(x.tasks, a.N / TASK_BOXES + 2);
+  if (a.N >= GRID_BOXES && a.threshold >= GRID_THRESHOLD && item == 4) {
+    Grid& g = x.grid;
+    for (char** p : {&g.x1, &g.y1, &g.x2, &g.y2, &g.area}) take(*p, places * item);
+    for (uint32_t** p : {&g.rank, &g.start, &g.count, &g.cell}) take(*p, places);
+  }
   return take.used;
 }
 

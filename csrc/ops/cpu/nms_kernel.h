@@ -338,7 +338,7 @@ static uint32_t find_in_grid(const Nms& a, const Image& x, const Segment& s, con
 
 template <class C>
 static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Limits<C>& limits, int64_t ranks) {
-  constexpr int64_t window = 256, dear = 20;  // boxes; registers a box, from which on cells are less work
+  constexpr int64_t window = 256, dear = 48;  // boxes; registers a box, from which on cells are less work
   const Places<C> p(x);
   uint32_t at = s.next, kept = s.kept, built = 0;  // built: how many were kept when the grid was, 0 without one
   int64_t steps = 0;

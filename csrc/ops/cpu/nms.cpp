@@ -48,8 +48,11 @@ struct Results {
   int64_t *indices, *counts = nullptr, *suppressor = nullptr;  // (B, max_output), (B,), (B, N)
 };
 
+constexpr int64_t PARALLEL = 1 << 14;  // boxes of an image: fewer are decided before another thread has woken up
+
 static int64_t run_image(const Nms& a, const NmsKernels& kernels, int64_t b, Image& x, bool parallel, const Results& out) {
   kernels.prepare(a, b, x);
+  parallel = parallel && x.n >= PARALLEL;
   std::vector<uint32_t> longest(x.n_tasks);
   if (parallel) {
     std::iota(longest.begin(), longest.end(), 0);

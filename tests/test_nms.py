@@ -349,6 +349,7 @@ B, S, C = torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch
 PADDED = dict(iou_threshold=0.5, max_output=3)
 BAD = {
     "boxes of three": (lambda: nms(B[0, :, :3], S[0], 0.5), ValueError, r"boxes must be \(N, 4\), got \(5, 3\)"),
+    "a scalar": (lambda: nms(S.sum(), S[0], 0.5), ValueError, r"boxes must be \(N, 4\), got \(\)"),
     "a batch": (lambda: nms(B, S, 0.5), ValueError, r"boxes must be \(N, 4\), got \(2, 5, 4\)"),
     "no batch": (lambda: nms_padded(B[0], S[0], **PADDED), ValueError, r"boxes must be \(B, N, 4\), got \(5, 4\)"),
     "scores": (lambda: nms(B[0], S[0, :4], 0.5), ValueError, r"scores must be \(5,\) to fit boxes \(5, 4\), got \(4,\)"),

@@ -2,6 +2,8 @@
 // nms_kernel.h. Every check was made above.
 #include "nms.h"
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cmath>
 #include <numeric>
 #include <optional>
@@ -81,12 +83,11 @@ static int64_t run_image(const Nms& a, const NmsKernels& kernels, int64_t b, Ima
   return count;
 }
 
-// Boxes (N, 4), or (B, N, 4) and all else in the same way. drop: see Nms. Returns how many boxes of the last image were kept.
-static int64_t nms(Tensor boxes, Tensor scores, Maybe classes, double iou_threshold, bool drop, std::optional<double> score_threshold,
-                   Tensor indices, Maybe counts, Maybe suppressor) {
+// Boxes (N, 4), or (B, N, 4) and all else in the same way.
+static Nms arguments(const Tensor& boxes, const Tensor& scores, const Maybe& classes, double iou_threshold, int64_t max_output) {
   Nms a;
   int64_t d = boxes.dim() - 2;  // of the boxes
-  a.N = boxes.size(d), a.max_output = indices.size(d);
+  a.N = boxes.size(d), a.max_output = max_output;
   a.boxes = (const char*)boxes.data_ptr(), a.box_type = dtype_of(boxes), a.box = boxes.stride(d), a.coordinate = boxes.stride(d + 1);
   a.scores = (const char*)scores.data_ptr(), a.score_type = dtype_of(scores), a.score = scores.stride(d);
   if (classes) a.classes = (const int64_t*)classes->data_ptr(), a.class_ = classes->stride(d);
@@ -99,33 +100,52 @@ static int64_t nms(Tensor boxes, Tensor scores, Maybe classes, double iou_thresh
     float t = float(iou_threshold);
     a.threshold = t > iou_threshold ? std::nextafter(t, 0.0f) : t;
   }
-  a.drop = drop, a.above = bool(score_threshold), a.score_threshold = score_threshold.value_or(0);
-  a.want_suppressor = bool(suppressor);
-  Results out{(int64_t*)indices.data_ptr()};
-  if (counts) out.counts = (int64_t*)counts->data_ptr();
-  if (suppressor) out.suppressor = (int64_t*)suppressor->data_ptr();
+  return a;
+}
 
+static Tensor nms(Tensor boxes, Tensor scores, Maybe idxs, double iou_threshold) {
+  Nms a = arguments(boxes, scores, idxs, iou_threshold, boxes.size(0));
+  Image x;
+  size_t bytes = carve(a, nullptr, x);
+  Workspace memory(bytes + a.N * sizeof(int64_t));
+  carve(a, memory.get(), x);
+  Results out{(int64_t*)(memory.get() + bytes)};
+  int64_t count = run_image(a, kernels_at[level()], 0, x, true, out);
+  Tensor kept = torch::stable::new_empty(scores, {count}, torch::headeronly::ScalarType::Long);
+  std::copy(out.indices, out.indices + count, (int64_t*)kept.data_ptr());
+  return kept;
+}
+
+static void nms_padded(Tensor boxes, Tensor scores, Maybe classes, double iou_threshold, std::optional<double> score_threshold,
+                       Tensor indices, Tensor counts, Maybe suppressor) {
+  Nms a = arguments(boxes, scores, classes, iou_threshold, indices.size(1));
+  a.drop = true, a.above = bool(score_threshold), a.score_threshold = score_threshold.value_or(0);
+  a.want_suppressor = bool(suppressor);
+  Results out{(int64_t*)indices.data_ptr(), (int64_t*)counts.data_ptr(), suppressor ? (int64_t*)suppressor->data_ptr() : nullptr};
   const NmsKernels& kernels = kernels_at[level()];
   Image x;
   size_t bytes = carve(a, nullptr, x);
   if (a.B == 1) {
     Workspace memory(bytes);
     carve(a, memory.get(), x);
-    return run_image(a, kernels, 0, x, true, out);
+    run_image(a, kernels, 0, x, true, out);
+    return;
   }
   run_tasks(a.B, bytes, [&](int64_t b, char* memory) {
     Image mine;
     carve(a, memory, mine);
     run_image(a, kernels, b, mine, false, out);
   });
-  return 0;
 }
 
 }  // namespace minkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def(
-      "_nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, bool drop, float? score_threshold, Tensor(a!) indices, "
-      "Tensor(b!)? counts, Tensor(c!)? suppressor) -> int");
+      "_nms_padded(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, float? score_threshold, Tensor(a!) indices, "
+      "Tensor(b!) counts, Tensor(c!)? suppressor) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) { m.impl("_nms", TORCH_BOX(&minkernels::nms)); }
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
+  m.impl("nms", TORCH_BOX(&minkernels::nms));  // defined in Python
+  m.impl("_nms_padded", TORCH_BOX(&minkernels::nms_padded));
+}

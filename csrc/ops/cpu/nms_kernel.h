@@ -6,12 +6,16 @@
 // By bits 32 to 32 + bits - 1, stable; from and to are of n. Returns where the result is. A digit that all share is skipped.
 template <int DIGIT>
 static uint64_t* radix_sort(uint64_t* from, uint64_t* to, int64_t n, int bits) {
-  constexpr int buckets = 1 << DIGIT;
-  for (int shift = 32; shift < 32 + bits; shift += DIGIT) {
-    uint32_t at[buckets] = {};
-    for (int64_t i = 0; i < n; i++) at[from[i] >> shift & (buckets - 1)]++;
+  constexpr int buckets = 1 << DIGIT, most = (31 + DIGIT) / DIGIT;
+  int digits = (bits + DIGIT - 1) / DIGIT;
+  uint32_t counts[most][buckets];
+  for (int d = 0; d < digits; d++) __builtin_memset(counts[d], 0, sizeof counts[d]);
+  for (int64_t i = 0; i < n; i++)
+    for (int d = 0; d < digits; d++) counts[d][from[i] >> (32 + d * DIGIT) & (buckets - 1)]++;
+  for (int d = 0; d < digits; d++) {
+    uint32_t *at = counts[d], sum = 0;
+    int shift = 32 + d * DIGIT;
     if (at[from[0] >> shift & (buckets - 1)] == n) continue;
-    uint32_t sum = 0;
     for (int b = 0; b < buckets; b++) {
       uint32_t count = at[b];
       at[b] = sum, sum += count;
@@ -226,13 +230,26 @@ struct Limits {
   }
 };
 
+// A register of boxes.
+template <class C>
+struct Boxes {
+  vec<C> x1 = {}, y1 = {}, x2 = {}, y2 = {}, area = {};
+  Boxes() = default;
+  __attribute__((always_inline)) Boxes(const Places<C>& p, int64_t at)
+      : x1(load(p.x1 + at)), y1(load(p.y1 + at)), x2(load(p.x2 + at)), y2(load(p.y2 + at)), area(load(p.area + at)) {}
+  __attribute__((always_inline)) void set(uint32_t k, const Candidate<C>& b) {  // lane k
+    auto lane = lane_numbers<C>() == splat(lane_t<C>(k));
+    x1 = lane ? b.x1 : x1, y1 = lane ? b.y1 : y1, x2 = lane ? b.x2 : x2, y2 = lane ? b.y2 : y2, area = lane ? b.area : area;
+  }
+};
+
 // Which of a register's boxes suppress b, as bits; areas are positive and finite, all lanes beyond the list give anything.
 template <class C>
-INLINE uint32_t overlaps(const Places<C>& p, int64_t at, const Candidate<C>& b, const Limits<C>& limits) {
-  vec<C> w = smaller(load(p.x2 + at), b.x2) - larger(load(p.x1 + at), b.x1);
-  vec<C> h = smaller(load(p.y2 + at), b.y2) - larger(load(p.y1 + at), b.y1);
+INLINE uint32_t overlaps(const Boxes<C>& a, const Candidate<C>& b, const Limits<C>& limits) {
+  vec<C> w = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
+  vec<C> h = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
   vec<C> inter = larger(w, vec<C>{}) * h;  // where h is negative, it is not above 0 and no candidate
-  vec<C> whole = load(p.area + at) + b.area - inter;
+  vec<C> whole = a.area + b.area - inter;
   uint32_t maybe = above(inter, limits.reject * whole);
   return __builtin_expect(maybe != 0, 0) ? maybe & above(inter / whole, limits.threshold) : 0;
 }
@@ -242,7 +259,7 @@ template <class C>
 INLINE uint32_t find(const Places<C>& p, int64_t at, uint32_t n, const Candidate<C>& b, const Limits<C>& limits, int64_t& steps) {
   constexpr uint32_t L = vector<C>::lanes;
   for (uint32_t k = 0; k < n; k += L) {
-    uint32_t bits = overlaps(p, at + k, b, limits);
+    uint32_t bits = overlaps(Boxes<C>(p, at + k), b, limits);
     if (n - k < L) bits &= (1u << (n - k)) - 1;
     steps++;
     if (bits) return k + __builtin_ctz(bits);
@@ -342,6 +359,10 @@ static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Lim
   const Places<C> p(x);
   uint32_t at = s.next, kept = s.kept, built = 0;  // built: how many were kept when the grid was, 0 without one
   int64_t steps = 0;
+  // The last of the list, if they do not fill a register, are in one all the same: memory that was just written in parts loads late.
+  constexpr uint32_t L = vector<C>::lanes;
+  Boxes<C> open;
+  if (kept % L) open = Boxes<C>(p, s.begin + kept / L * L);
   Cells cells(a, 2, 0);
   bool may = x.grid.x1 && s.end - s.begin >= GRID_BOXES;
   for (int64_t i = 0; at < s.end && x.rank[at] < ranks; at++, i++) {
@@ -356,8 +377,13 @@ static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Lim
     bool in_grid = false;
     if constexpr (sizeof(C) == 4)
       if (built) in_grid = true, by = find_in_grid(a, x, s, cells, at, limits);
+    const Candidate<C> b(p, at);
     if (!in_grid) {
-      uint32_t found = find(p, s.begin, kept, Candidate<C>(p, at), limits, steps);
+      uint32_t full = kept / L * L, found = find(p, s.begin, full, b, limits, steps);
+      if (found == full) {
+        uint32_t bits = overlaps(open, b, limits) & ((1u << kept % L) - 1);
+        found = bits ? full + __builtin_ctz(bits) : kept;
+      }
       if (found < kept) by = x.rank[s.begin + found];
     }
     if (by != NONE) {
@@ -369,6 +395,7 @@ static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Lim
       uint32_t c = s.begin + x.grid.cell[at], to = x.grid.start[c] + x.grid.count[c]++;
       Places<C>(x.grid).copy(to, p, at), x.grid.rank[to] = r;
     }
+    if (!in_grid) open.set(kept % L, b);
     uint32_t to = s.begin + kept++;  // not beyond `at`: the list grows over boxes that are decided
     p.copy(to, p, at), x.rank[to] = r;
   }

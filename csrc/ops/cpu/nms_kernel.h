@@ -38,7 +38,7 @@ static void sort(Image& x, int64_t n, int bits) {
     }
     return;
   }
-  uint64_t* sorted = n < 4096 ? radix_sort<8>(x.pairs, x.spare, n, bits) : radix_sort<11>(x.pairs, x.spare, n, bits);
+  uint64_t* sorted = n < 16384 ? radix_sort<8>(x.pairs, x.spare, n, bits) : radix_sort<11>(x.pairs, x.spare, n, bits);
   if (sorted != x.pairs) x.spare = x.pairs, x.pairs = sorted;
 }
 

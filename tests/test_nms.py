@@ -163,6 +163,22 @@ def test_thresholds_between_two_floats(roads):
                 assert len(road(*pair(a, b, torch.float64), None, t)) == (1 if a / b > t else 2), (a, b, t)
 
 
+def test_no_product_is_contracted_with_a_sum(roads):
+    """Pairs whose IoU would be another with inter = w h fused into the union, at the threshold that tells."""
+    corner, side = torch.rand(2, 4000, 2) * 3, 4 + torch.rand(2, 4000, 2)
+    a, b = torch.cat([corner, corner + side], -1)
+    (w, h), (s, t) = (torch.minimum(a, b)[:, 2:] - torch.maximum(a, b)[:, :2]).T, ((x[:, 2:] - x[:, :2]).prod(1) for x in (a, b))
+    iou = w * h / (s + t - w * h)
+    fused = w * h / ((s + t).double() - w.double() * h.double()).float()
+    differ = (iou != fused).nonzero()[:, 0][:100]
+    assert len(differ) == 100 and (iou[differ] < fused[differ]).any()
+    for road, _ in roads:
+        for i in differ.tolist():
+            pair, scores = torch.stack([a[i], b[i]]), torch.tensor([2.0, 1.0])
+            assert len(road(pair, scores, None, float(iou[i]))) == 2
+            assert len(road(pair, scores, None, math.nextafter(float(iou[i]), 0))) == 1
+
+
 def test_round_down():
     for x in (0.0, 0.1, 0.2, 0.5, 0.7, 1.0, -0.1, -0.7, 1e-300, -1e-300, 3e38, 1e300, -1e300, 1e-45, 2.1e-45):
         f, nearest = round_down(x), torch.tensor(x, dtype=torch.float32)
@@ -333,6 +349,7 @@ B, S, C = torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch
 PADDED = dict(iou_threshold=0.5, max_output=3)
 BAD = {
     "boxes of three": (lambda: nms(B[0, :, :3], S[0], 0.5), ValueError, r"boxes must be \(N, 4\), got \(5, 3\)"),
+    "a scalar": (lambda: nms(S.sum(), S[0], 0.5), ValueError, r"boxes must be \(N, 4\), got \(\)"),
     "a batch": (lambda: nms(B, S, 0.5), ValueError, r"boxes must be \(N, 4\), got \(2, 5, 4\)"),
     "no batch": (lambda: nms_padded(B[0], S[0], **PADDED), ValueError, r"boxes must be \(B, N, 4\), got \(5, 4\)"),
     "scores": (lambda: nms(B[0], S[0, :4], 0.5), ValueError, r"scores must be \(5,\) to fit boxes \(5, 4\), got \(4,\)"),

@@ -2,6 +2,8 @@
 // nms_kernel.h. Every check was made above.
 #include "nms.h"
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cmath>
 #include <numeric>
 #include <optional>
@@ -30,12 +32,17 @@ struct Carver {
 };
 
 static size_t carve(const Nms& a, char* memory, Image& x) {
-  int64_t places = a.N + (a.N / TASK_BOXES + 2) * LINE, item = a.box_type == Dtype::f64 ? 8 : 4;
+  int64_t places = a.N + (a.N / TASK_BOXES + 2) * 2 * LINE, item = a.box_type == Dtype::f64 ? 8 : 4;
   Carver take{memory};
   take(x.pairs, a.N + 1), take(x.spare, a.N + 1), take(x.order, a.N), take(x.keep, a.N), take(x.rank, places);
   take(x.suppressor, a.want_suppressor ? a.N : 0);
   for (char** p : {&x.x1, &x.y1, &x.x2, &x.y2, &x.area}) take(*p, places * item);
   take(x.segments, a.classes ? a.N : 1), take(x.tasks, a.N / TASK_BOXES + 2);
+  if (a.N >= GRID_BOXES && a.threshold >= GRID_THRESHOLD && item == 4) {
+    Grid& g = x.grid;
+    for (char** p : {&g.x1, &g.y1, &g.x2, &g.y2, &g.area}) take(*p, places * item);
+    for (uint32_t** p : {&g.rank, &g.start, &g.count, &g.cell}) take(*p, places);
+  }
   return take.used;
 }
 
@@ -43,8 +50,11 @@ struct Results {
   int64_t *indices, *counts = nullptr, *suppressor = nullptr;  // (B, max_output), (B,), (B, N)
 };
 
+constexpr int64_t PARALLEL = 1 << 14;  // boxes of an image: fewer are decided before another thread has woken up
+
 static int64_t run_image(const Nms& a, const NmsKernels& kernels, int64_t b, Image& x, bool parallel, const Results& out) {
   kernels.prepare(a, b, x);
+  parallel = parallel && x.n >= PARALLEL;
   std::vector<uint32_t> longest(x.n_tasks);
   if (parallel) {
     std::iota(longest.begin(), longest.end(), 0);
@@ -73,12 +83,11 @@ static int64_t run_image(const Nms& a, const NmsKernels& kernels, int64_t b, Ima
   return count;
 }
 
-// Boxes (N, 4), or (B, N, 4) and all else in the same way. drop: see Nms. Returns how many boxes of the last image were kept.
-static int64_t nms(Tensor boxes, Tensor scores, Maybe classes, double iou_threshold, bool drop, std::optional<double> score_threshold,
-                   Tensor indices, Maybe counts, Maybe suppressor) {
+// Boxes (N, 4), or (B, N, 4) and all else in the same way.
+static Nms arguments(const Tensor& boxes, const Tensor& scores, const Maybe& classes, double iou_threshold, int64_t max_output) {
   Nms a;
   int64_t d = boxes.dim() - 2;  // of the boxes
-  a.N = boxes.size(d), a.max_output = indices.size(d);
+  a.N = boxes.size(d), a.max_output = max_output;
   a.boxes = (const char*)boxes.data_ptr(), a.box_type = dtype_of(boxes), a.box = boxes.stride(d), a.coordinate = boxes.stride(d + 1);
   a.scores = (const char*)scores.data_ptr(), a.score_type = dtype_of(scores), a.score = scores.stride(d);
   if (classes) a.classes = (const int64_t*)classes->data_ptr(), a.class_ = classes->stride(d);
@@ -91,33 +100,52 @@ static int64_t nms(Tensor boxes, Tensor scores, Maybe classes, double iou_thresh
     float t = float(iou_threshold);
     a.threshold = t > iou_threshold ? std::nextafter(t, 0.0f) : t;
   }
-  a.drop = drop, a.above = bool(score_threshold), a.score_threshold = score_threshold.value_or(0);
-  a.want_suppressor = bool(suppressor);
-  Results out{(int64_t*)indices.data_ptr()};
-  if (counts) out.counts = (int64_t*)counts->data_ptr();
-  if (suppressor) out.suppressor = (int64_t*)suppressor->data_ptr();
+  return a;
+}
 
+static Tensor nms(Tensor boxes, Tensor scores, Maybe idxs, double iou_threshold) {
+  Nms a = arguments(boxes, scores, idxs, iou_threshold, boxes.size(0));
+  Image x;
+  size_t bytes = carve(a, nullptr, x);
+  Workspace memory(bytes + a.N * sizeof(int64_t));
+  carve(a, memory.get(), x);
+  Results out{(int64_t*)(memory.get() + bytes)};
+  int64_t count = run_image(a, kernels_at[level()], 0, x, true, out);
+  Tensor kept = torch::stable::new_empty(scores, {count}, torch::headeronly::ScalarType::Long);
+  std::copy(out.indices, out.indices + count, (int64_t*)kept.data_ptr());
+  return kept;
+}
+
+static void nms_padded(Tensor boxes, Tensor scores, Maybe classes, double iou_threshold, std::optional<double> score_threshold,
+                       Tensor indices, Tensor counts, Maybe suppressor) {
+  Nms a = arguments(boxes, scores, classes, iou_threshold, indices.size(1));
+  a.drop = true, a.above = bool(score_threshold), a.score_threshold = score_threshold.value_or(0);
+  a.want_suppressor = bool(suppressor);
+  Results out{(int64_t*)indices.data_ptr(), (int64_t*)counts.data_ptr(), suppressor ? (int64_t*)suppressor->data_ptr() : nullptr};
   const NmsKernels& kernels = kernels_at[level()];
   Image x;
   size_t bytes = carve(a, nullptr, x);
   if (a.B == 1) {
     Workspace memory(bytes);
     carve(a, memory.get(), x);
-    return run_image(a, kernels, 0, x, true, out);
+    run_image(a, kernels, 0, x, true, out);
+    return;
   }
   run_tasks(a.B, bytes, [&](int64_t b, char* memory) {
     Image mine;
     carve(a, memory, mine);
     run_image(a, kernels, b, mine, false, out);
   });
-  return 0;
 }
 
 }  // namespace minkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def(
-      "_nms(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, bool drop, float? score_threshold, Tensor(a!) indices, "
-      "Tensor(b!)? counts, Tensor(c!)? suppressor) -> int");
+      "_nms_padded(Tensor boxes, Tensor scores, Tensor? classes, float iou_threshold, float? score_threshold, Tensor(a!) indices, "
+      "Tensor(b!) counts, Tensor(c!)? suppressor) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) { m.impl("_nms", TORCH_BOX(&minkernels::nms)); }
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
+  m.impl("nms", TORCH_BOX(&minkernels::nms));  // defined in Python
+  m.impl("_nms_padded", TORCH_BOX(&minkernels::nms_padded));
+}

@@ -4,6 +4,11 @@
 
 namespace minkernels {
 
+constexpr int64_t TASK_BOXES = 2048;    // of a task at least, or one segment
+constexpr int64_t LINE = 16;            // places
+constexpr int64_t GRID_BOXES = 4096;    // of a segment for which there is memory for a grid
+constexpr double GRID_THRESHOLD = 0.2;  // below it, a box may overlap with too many cells
+
 struct Nms {  // strides in elements
   const char *boxes = nullptr, *scores = nullptr;
   const int64_t* classes = nullptr;  // null: all boxes are of one
@@ -24,6 +29,12 @@ struct Segment {  // the boxes of a class, at places next to end - 1; those befo
   uint32_t kept;  // boxes that may suppress others: a list at begin to begin + kept - 1
 };
 
+// Of a large segment, once most of its boxes are kept: the places of each cell's boxes lie together. By place, beginning at the segment's.
+struct Grid {
+  char *x1 = nullptr, *y1, *x2, *y2, *area;  // null: none is wanted
+  uint32_t *rank, *start, *count, *cell;
+};
+
 // The boxes of an image. Rank: by descending score. Place: by class, then rank; the places of a task begin on a cache line.
 struct Image {
   int64_t n = 0;             // that take part
@@ -37,12 +48,10 @@ struct Image {
   bool small_areas = false;  // some box's is so small that products with the threshold may be subnormal
   Segment* segments;
   int64_t n_segments = 0;
+  Grid grid;
   uint32_t* tasks;  // the first segment of each, and behind the last one n_segments
   int64_t n_tasks = 0;
 };
-
-constexpr int64_t TASK_BOXES = 2048;  // of a task at least, or one segment
-constexpr int64_t LINE = 16;          // places
 
 struct NmsKernels {
   void (*prepare)(const Nms&, int64_t image, Image&);

@@ -1,177 +1,7 @@
 // NMS on one level: boxes sorted by class and score, then each held against the list of those kept before it. Compiled without contraction:
 // the IoU that decides has the same bits everywhere.
 
-// Sorting
-
-// By bits 32 to 32 + bits - 1, stable; from and to are of n. Returns where the result is. A digit that all share is skipped.
-template <int DIGIT>
-static uint64_t* radix_sort(uint64_t* from, uint64_t* to, int64_t n, int bits) {
-  constexpr int buckets = 1 << DIGIT;
-  for (int shift = 32; shift < 32 + bits; shift += DIGIT) {
-    uint32_t at[buckets] = {};
-    for (int64_t i = 0; i < n; i++) at[from[i] >> shift & (buckets - 1)]++;
-    if (at[from[0] >> shift & (buckets - 1)] == n) continue;
-    uint32_t sum = 0;
-    for (int b = 0; b < buckets; b++) {
-      uint32_t count = at[b];
-      at[b] = sum, sum += count;
-    }
-    for (int64_t i = 0; i < n; i++) to[at[from[i] >> shift & (buckets - 1)]++] = from[i];
-    uint64_t* t = from;
-    from = to, to = t;
-  }
-  return from;
-}
-
-// Leaves the result in x.pairs. Indices in the low halves that ascend where keys are equal stay so.
-static void sort(Image& x, int64_t n, int bits) {
-  if (n <= 32) {
-    for (int64_t i = 1; i < n; i++) {
-      uint64_t pair = x.pairs[i];
-      int64_t j = i;
-      for (; j > 0 && x.pairs[j - 1] >> 32 > pair >> 32; j--) x.pairs[j] = x.pairs[j - 1];
-      x.pairs[j] = pair;
-    }
-    return;
-  }
-  uint64_t* sorted = n < 4096 ? radix_sort<8>(x.pairs, x.spare, n, bits) : radix_sort<11>(x.pairs, x.spare, n, bits);
-  if (sorted != x.pairs) x.spare = x.pairs, x.pairs = sorted;
-}
-
-// Keys that ascend as scores descend; NaN first, and -0 is 0.
-INLINE uint32_t sort_key(float score) {
-  uint32_t bits = bits_as<uint32_t>(score == 0 ? 0.0f : score);
-  return score != score ? 0 : ~(bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u));
-}
-INLINE uint64_t sort_key(double score) {
-  uint64_t bits = bits_as<uint64_t>(score == 0 ? 0.0 : score);
-  return score != score ? 0 : ~(bits ^ (bits >> 63 ? ~uint64_t(0) : uint64_t(1) << 63));
-}
-
-template <class T>
-static void find_whole(const Nms& a, const T* box, uint8_t* whole) {  // boxes without a NaN
-  for (int64_t i = 0; i < a.N; i++, box += a.box) {
-    bool ok = true;
-    for (int c = 0; c < 4; c++) {
-      auto x = widen(box[c * a.coordinate]);
-      ok &= x == x;
-    }
-    whole[i] = ok;
-  }
-}
-
-template <class S>
-static void rank_boxes(const Nms& a, const S* scores, const uint8_t* whole, Image& x) {
-  constexpr bool wide = sizeof(S) == 8;
-  int64_t n = 0;
-  for (int64_t i = 0; i < a.N; i++) {
-    auto score = widen(scores[i * a.score]);
-    auto key = sort_key(score);
-    x.pairs[n] = uint64_t(uint32_t(key)) << 32 | uint64_t(i);
-    bool in = !a.drop || (whole[i] && (a.above ? double(score) > a.score_threshold : score == score));
-    n += in;
-  }
-  x.n = n;
-  if (n == 0) return;
-  sort(x, n, 32);
-  if constexpr (wide) {
-    for (int64_t r = 0; r < n; r++) {
-      uint32_t i = uint32_t(x.pairs[r]);
-      x.pairs[r] = (sort_key(scores[i * a.score]) >> 32) << 32 | i;
-    }
-    sort(x, n, 32);
-  }
-  for (int64_t r = 0; r < n; r++) x.order[r] = uint32_t(x.pairs[r]);
-}
-
-// Ranks by class, in x.pairs; above each the low half of its class's number, whose high half is 0 unless `wide`. The smallest is returned.
-static int64_t sort_by_class(const Nms& a, const int64_t* classes, Image& x, bool& wide) {
-  int64_t least = classes[0], most = least;
-  for (int64_t i = 1; i < a.N; i++) {
-    int64_t id = classes[i * a.class_];
-    least = id < least ? id : least, most = id > most ? id : most;
-  }
-  uint64_t range = uint64_t(most) - uint64_t(least);
-  wide = range >> 32;
-  for (int64_t r = 0; r < x.n; r++) x.pairs[r] = (uint64_t(classes[x.order[r] * a.class_]) - uint64_t(least)) << 32 | uint64_t(r);
-  int bits = wide ? 32 : 64 - __builtin_clzll(range | 1);
-  sort(x, x.n, bits);
-  if (wide) {
-    for (int64_t p = 0; p < x.n; p++) {
-      uint32_t r = uint32_t(x.pairs[p]);
-      x.pairs[p] = (uint64_t(classes[x.order[r] * a.class_]) - uint64_t(least)) >> 32 << 32 | r;
-    }
-    sort(x, x.n, 32);
-  }
-  return least;
-}
-
-template <class T>
-static void place_box(const Nms& a, const T* boxes, uint32_t index, int64_t place, Image& x) {
-  using C = acc_t<T>;
-  constexpr C small = sizeof(C) == 8 ? C(0x1p-500) : C(0x1p-60), inf = __builtin_inf();
-  const T* box = boxes + index * a.box;
-  C x1 = widen(box[0]), y1 = widen(box[a.coordinate]), x2 = widen(box[2 * a.coordinate]), y2 = widen(box[3 * a.coordinate]);
-  C w = x2 - x1, area = w * (y2 - y1);
-  bool active = w > 0 && area > 0 && area < inf;
-  ((C*)x.x1)[place] = x1, ((C*)x.y1)[place] = y1, ((C*)x.x2)[place] = x2, ((C*)x.y2)[place] = y2;
-  ((C*)x.area)[place] = active ? area : 0;
-  x.small_areas |= active && area < small;
-}
-
-template <class T>
-static void place_boxes(const Nms& a, const T* boxes, const int64_t* classes, Image& x) {
-  x.small_areas = false, x.n_segments = x.n_tasks = 0;
-  bool wide = false;
-  int64_t least = 0;
-  if (classes && x.n > 0) least = sort_by_class(a, classes, x, wide);
-  int64_t place = 0, of_task = 0;
-  uint64_t before = 0;
-  for (int64_t p = 0; p < x.n; p++) {
-    uint32_t r = classes ? uint32_t(x.pairs[p]) : uint32_t(p), index = x.order[r];
-    uint64_t id = !classes ? 0 : wide ? uint64_t(classes[index * a.class_]) - uint64_t(least) : x.pairs[p] >> 32;
-    if (p == 0 || id != before) {
-      if (p > 0) x.segments[x.n_segments++].end = uint32_t(place);
-      if (p == 0 || of_task >= TASK_BOXES) {
-        place = (place + LINE - 1) / LINE * LINE, of_task = 0;  // no line of one task is another's
-        x.tasks[x.n_tasks++] = uint32_t(x.n_segments);
-      }
-      x.segments[x.n_segments] = {uint32_t(place), uint32_t(place), 0, 0};
-      before = id;
-    }
-    place_box(a, boxes, index, place, x);
-    x.rank[place] = r;
-    place++, of_task++;
-  }
-  if (x.n > 0) x.segments[x.n_segments++].end = uint32_t(place);
-  x.tasks[x.n_tasks] = uint32_t(x.n_segments);
-}
-
-static void prepare(const Nms& a, int64_t image, Image& x) {
-  const int64_t* classes = a.classes ? a.classes + image * a.class_image : nullptr;
-  int64_t box = image * a.box_image, score = image * a.score_image;
-  uint8_t* whole = x.keep;  // not yet of use
-  if (a.drop) switch (a.box_type) {
-      case Dtype::f16: find_whole(a, (const half*)a.boxes + box, whole); break;
-      case Dtype::bf16: find_whole(a, (const bfloat16*)a.boxes + box, whole); break;
-      case Dtype::f32: find_whole(a, (const float*)a.boxes + box, whole); break;
-      case Dtype::f64: find_whole(a, (const double*)a.boxes + box, whole); break;
-    }
-  switch (a.score_type) {
-    case Dtype::f16: rank_boxes(a, (const half*)a.scores + score, whole, x); break;
-    case Dtype::bf16: rank_boxes(a, (const bfloat16*)a.scores + score, whole, x); break;
-    case Dtype::f32: rank_boxes(a, (const float*)a.scores + score, whole, x); break;
-    case Dtype::f64: rank_boxes(a, (const double*)a.scores + score, whole, x); break;
-  }
-  switch (a.box_type) {
-    case Dtype::f16: place_boxes(a, (const half*)a.boxes + box, classes, x); break;
-    case Dtype::bf16: place_boxes(a, (const bfloat16*)a.boxes + box, classes, x); break;
-    case Dtype::f32: place_boxes(a, (const float*)a.boxes + box, classes, x); break;
-    case Dtype::f64: place_boxes(a, (const double*)a.boxes + box, classes, x); break;
-  }
-}
-
-// Deciding
+#include "nms_order.h"
 
 #if LEVEL_BYTES == 64
 INLINE f32 smaller(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -202,7 +32,11 @@ INLINE f32 larger(f32 a, f32 b) { return max(a, b); }
 template <class C>
 struct Places {
   C *x1, *y1, *x2, *y2, *area;
-  explicit Places(const Image& x) : x1((C*)x.x1), y1((C*)x.y1), x2((C*)x.x2), y2((C*)x.y2), area((C*)x.area) {}
+  template <class Of>  // Image or Grid
+  explicit Places(const Of& x) : x1((C*)x.x1), y1((C*)x.y1), x2((C*)x.x2), y2((C*)x.y2), area((C*)x.area) {}
+  void copy(int64_t to, const Places& from, int64_t at) const {
+    x1[to] = from.x1[at], y1[to] = from.y1[at], x2[to] = from.x2[at], y2[to] = from.y2[at], area[to] = from.area[at];
+  }
 };
 
 template <class C>
@@ -222,42 +56,174 @@ struct Limits {
   }
 };
 
+// A register of boxes.
+template <class C>
+struct Boxes {
+  vec<C> x1 = {}, y1 = {}, x2 = {}, y2 = {}, area = {};
+  Boxes() = default;
+  __attribute__((always_inline)) Boxes(const Places<C>& p, int64_t at)
+      : x1(load(p.x1 + at)), y1(load(p.y1 + at)), x2(load(p.x2 + at)), y2(load(p.y2 + at)), area(load(p.area + at)) {}
+  __attribute__((always_inline)) void set(uint32_t k, const Candidate<C>& b) {  // lane k
+    auto lane = lane_numbers<C>() == splat(lane_t<C>(k));
+    x1 = lane ? b.x1 : x1, y1 = lane ? b.y1 : y1, x2 = lane ? b.x2 : x2, y2 = lane ? b.y2 : y2, area = lane ? b.area : area;
+  }
+};
+
 // Which of a register's boxes suppress b, as bits; areas are positive and finite, all lanes beyond the list give anything.
 template <class C>
-INLINE uint32_t overlaps(const Places<C>& p, int64_t at, const Candidate<C>& b, const Limits<C>& limits) {
-  vec<C> w = smaller(load(p.x2 + at), b.x2) - larger(load(p.x1 + at), b.x1);
-  vec<C> h = smaller(load(p.y2 + at), b.y2) - larger(load(p.y1 + at), b.y1);
+INLINE uint32_t overlaps(const Boxes<C>& a, const Candidate<C>& b, const Limits<C>& limits) {
+  vec<C> w = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
+  vec<C> h = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
   vec<C> inter = larger(w, vec<C>{}) * h;  // where h is negative, it is not above 0 and no candidate
-  vec<C> whole = load(p.area + at) + b.area - inter;
+  vec<C> whole = a.area + b.area - inter;
   uint32_t maybe = above(inter, limits.reject * whole);
   return __builtin_expect(maybe != 0, 0) ? maybe & above(inter / whole, limits.threshold) : 0;
 }
 
+// The first of n boxes from `at` on that suppresses b, or n. `steps` counts the registers looked at.
+template <class C>
+INLINE uint32_t find(const Places<C>& p, int64_t at, uint32_t n, const Candidate<C>& b, const Limits<C>& limits, int64_t& steps) {
+  constexpr uint32_t L = vector<C>::lanes;
+  for (uint32_t k = 0; k < n; k += L) {
+    uint32_t bits = overlaps(Boxes<C>(p, at + k), b, limits);
+    if (n - k < L) bits &= (1u << (n - k)) - 1;
+    steps++;
+    if (bits) return k + __builtin_ctz(bits);
+  }
+  return n;
+}
+
+// Cells. An IoU above t needs one above t on each axis: sides w and v with t < w / v < 1 / t, and centres less than
+// (w + v) (1 - t) / (2 (1 + t)) apart. So a box looks into the cells within that distance, of the levels that its longer side allows: a
+// level holds sides from 4**e to 4**(e + 1), in cells of 4**(e + 1) / 2**fine. Numbers of cells wrap; a box of another cell costs time
+// alone. Bounds are a little wider than the IoU's rounding. Float alone: a double has the centre and its distance exactly.
+struct Cells {
+  uint32_t mask;
+  int fine;
+  double t, reach;
+
+  Cells(const Nms& a, int64_t size, int fine) : fine(fine) {
+    mask = (1u << (31 - __builtin_clz(uint32_t(size - 1)))) - 1;  // starts of all cells, and the end, fit into the segment's places
+    t = a.threshold * (1 - 1e-5), reach = (1 - t) / (2 * (1 + t)) * (1 + 1e-5);
+  }
+  static int level(float side) { return int(bits_as<uint32_t>(side) >> 24); }
+  double per_cell(int level) const {  // 1 / its side
+    return bits_as<double>(uint64_t(1023 + 127 - 2 - 2 * level + fine) << 52);
+  }
+  static int64_t floor(double x) {
+    int64_t i = int64_t(x);
+    return i - (double(i) > x);
+  }
+  uint32_t number(int level, int64_t i, int64_t j) const { return uint32_t(i + j * 0x9e3779b1 + level * 0x85ebca6b) & mask; }
+  uint32_t of(const Places<float>& p, int64_t at) const {
+    float w = p.x2[at] - p.x1[at], h = p.y2[at] - p.y1[at];
+    int e = level(w > h ? w : h);
+    double k = per_cell(e);
+    return number(e, floor((double(p.x1[at]) + p.x2[at]) / 2 * k), floor((double(p.y1[at]) + p.y2[at]) / 2 * k));
+  }
+};
+
+// Lays out the kept boxes, and room for those that may come. The finer the cells, the more of them to look into: `fine` is what the kept
+// boxes make least of.
+static Cells build_grid(const Nms& a, const Image& x, const Segment& s, uint32_t at, uint32_t kept) {
+  const Places<float> p(x), q(x.grid);
+  uint32_t *start = x.grid.start + s.begin, *count = x.grid.count + s.begin, *cell = x.grid.cell;
+  int best = 0;
+  double least = __builtin_inf();
+  for (int fine = 0; fine < 4; fine++) {
+    Cells cells(a, s.end - s.begin, fine);
+    for (uint32_t c = 0; c <= cells.mask; c++) count[c] = 0;
+    int64_t pairs = 0;
+    for (uint32_t i = 0; i < kept; i++) pairs += 2 * count[cells.of(p, s.begin + i)]++ + 1;
+    double across = 1 + 3 * cells.reach * (1 << fine), cost = across * across * (1 + double(pairs) / kept / vector<float>::lanes);
+    if (cost < least) least = cost, best = fine;
+  }
+  Cells cells(a, s.end - s.begin, best);
+  for (uint32_t c = 0; c <= cells.mask; c++) count[c] = 0;
+  for (uint32_t i = 0; i < kept; i++) count[cells.of(p, s.begin + i)]++;
+  for (uint32_t i = at; i < s.end; i++)
+    if (p.area[i] > 0) count[cell[i] = cells.of(p, i)]++;
+  uint32_t sum = s.begin;
+  for (uint32_t c = 0; c <= cells.mask; c++) start[c] = sum, sum += count[c], count[c] = 0;
+  for (uint32_t i = 0; i < kept; i++) {
+    uint32_t c = cells.of(p, s.begin + i), to = start[c] + count[c]++;
+    q.copy(to, p, s.begin + i), x.grid.rank[to] = x.rank[s.begin + i];
+  }
+  return cells;
+}
+
+// The rank of the first box that suppresses the one at place `at`, or NONE; of any that does, unless the first is wanted.
+constexpr uint32_t NONE = ~0u;
+static uint32_t find_in_grid(const Nms& a, const Image& x, const Segment& s, const Cells& cells, uint32_t at, const Limits<float>& limits) {
+  const Places<float> p(x), q(x.grid);
+  const Candidate<float> b(p, at);
+  const uint32_t *start = x.grid.start + s.begin, *count = x.grid.count + s.begin;
+  double w = p.x2[at] - p.x1[at], h = p.y2[at] - p.y1[at], longer = w > h ? w : h;
+  double cx = (double(p.x1[at]) + p.x2[at]) / 2, cy = (double(p.y1[at]) + p.y2[at]) / 2, most = longer / cells.t;
+  int64_t steps = 0;
+  uint32_t first = NONE;
+  int last = Cells::level(most < 3e38 ? float(most) : 3e38f);
+  for (int e = Cells::level(float(longer * cells.t)); e <= last; e++) {
+    double k = cells.per_cell(e), side = bits_as<double>(uint64_t(1023 - 127 + 2 + 2 * e) << 52), v = w / cells.t, u = h / cells.t;
+    double rx = (w + (v < side ? v : side)) * cells.reach, ry = (h + (u < side ? u : side)) * cells.reach;
+    int64_t i0 = Cells::floor((cx - rx) * k), i1 = Cells::floor((cx + rx) * k), j1 = Cells::floor((cy + ry) * k);
+    for (int64_t j = Cells::floor((cy - ry) * k); j <= j1; j++)
+      for (int64_t i = i0; i <= i1; i++) {
+        uint32_t c = cells.number(e, i, j), n = count[c], found = find(q, start[c], n, b, limits, steps);
+        if (found == n) continue;
+        uint32_t rank = x.grid.rank[start[c] + found];
+        if (!a.want_suppressor) return rank;
+        first = rank < first ? rank : first;
+      }
+  }
+  return first;
+}
+
 template <class C>
 static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Limits<C>& limits, int64_t ranks) {
-  constexpr int L = vector<C>::lanes;
+  constexpr int64_t window = 256, dear = 48;  // boxes; registers a box, from which on cells are less work
   const Places<C> p(x);
-  uint32_t at = s.next, kept = s.kept;
-  for (; at < s.end; at++) {
-    uint32_t r = x.rank[at];
-    if (r >= ranks) break;
+  uint32_t at = s.next, kept = s.kept, built = 0;  // built: how many were kept when the grid was, 0 without one
+  int64_t steps = 0;
+  // The last of the list, if they do not fill a register, are in one all the same: memory that was just written in parts loads late.
+  constexpr uint32_t L = vector<C>::lanes;
+  Boxes<C> open;
+  if (kept % L) open = Boxes<C>(p, s.begin + kept / L * L);
+  Cells cells(a, 2, 0);
+  bool may = x.grid.x1 && s.end - s.begin >= GRID_BOXES;
+  for (int64_t i = 0; at < s.end && x.rank[at] < ranks; at++, i++) {
+    uint32_t r = x.rank[at], by = NONE;
     x.keep[r] = 1;
     if (!(p.area[at] > 0)) continue;  // neither suppresses nor is suppressed
+    if constexpr (sizeof(C) == 4)
+      if (may && i % window == 0) {
+        if (built ? kept >= 4 * built : steps > window * dear && s.end - at > kept) cells = build_grid(a, x, s, at, built = kept);
+        steps = 0;
+      }
+    bool in_grid = false;
+    if constexpr (sizeof(C) == 4)
+      if (built) in_grid = true, by = find_in_grid(a, x, s, cells, at, limits);
     const Candidate<C> b(p, at);
-    uint32_t bits = 0, k = 0;
-    for (; k < kept; k += L) {
-      bits = overlaps(p, s.begin + k, b, limits);
-      if (kept - k < uint32_t(L)) bits &= (1u << (kept - k)) - 1;
-      if (bits) break;
+    if (!in_grid) {
+      uint32_t full = kept / L * L, found = find(p, s.begin, full, b, limits, steps);
+      if (found == full) {
+        uint32_t bits = overlaps(open, b, limits) & ((1u << kept % L) - 1);
+        found = bits ? full + __builtin_ctz(bits) : kept;
+      }
+      if (found < kept) by = x.rank[s.begin + found];
     }
-    if (bits) {
+    if (by != NONE) {
       x.keep[r] = 0;
-      if (a.want_suppressor) x.suppressor[r] = x.rank[s.begin + k + __builtin_ctz(bits)];
+      if (a.want_suppressor) x.suppressor[r] = by;
       continue;
     }
+    if (in_grid) {
+      uint32_t c = s.begin + x.grid.cell[at], to = x.grid.start[c] + x.grid.count[c]++;
+      Places<C>(x.grid).copy(to, p, at), x.grid.rank[to] = r;
+    }
+    if (!in_grid) open.set(kept % L, b);
     uint32_t to = s.begin + kept++;  // not beyond `at`: the list grows over boxes that are decided
-    p.x1[to] = p.x1[at], p.y1[to] = p.y1[at], p.x2[to] = p.x2[at], p.y2[to] = p.y2[at], p.area[to] = p.area[at];
-    x.rank[to] = r;
+    p.copy(to, p, at), x.rank[to] = r;
   }
   s.next = at, s.kept = kept;
 }

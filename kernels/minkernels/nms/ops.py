@@ -31,11 +31,12 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         bit: IoU in float32 with IEEE division and no contraction (float64 for float64), compared with the threshold rounded down.
         A box with a NaN is kept and suppresses nothing, and so is one without area; a NaN score sorts first.
     Raises: ValueError for shapes or thresholds that do not fit; TypeError for unsupported dtypes and mixed devices.
-    The size of the result depends on the data, so on a GPU the call waits for it: nms_padded does not. No gradient. About 90 bytes a box of
-    memory on the CPU.
+    The size of the result depends on the data, so on a GPU the call waits for it: nms_padded does not. No gradient. Memory: about 100 bytes
+    a box.
+    Source: the greedy rule as torchvision's CPU kernel has it.
     """
     _check(boxes, scores, None, iou_threshold, 2)
-    return _nms(boxes.detach(), scores.detach(), None, iou_threshold)
+    return _nms(*_detached(boxes, scores), None, float(iou_threshold))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -48,7 +49,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Raises: as nms.
     """
     _check(boxes, scores, ("idxs", idxs), iou_threshold, 2)
-    return _nms(boxes.detach(), scores.detach(), idxs.long(), iou_threshold)
+    return _nms(*_detached(boxes, scores), idxs.long(), float(iou_threshold))
 
 
 def nms_padded(
@@ -78,6 +79,7 @@ def nms_padded(
             that took no part; -3 for one that comes after the max_output-th kept box, and was not looked at.
         The same on every device, bit for bit, as nms.
     Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices.
+    Memory: about 100 bytes a box, on a CPU of as many images as there are threads. Source: as nms.
     """
     _check(boxes, scores, None if class_ids is None else ("class_ids", class_ids), iou_threshold, 3)
     if score_threshold is not None:
@@ -87,26 +89,31 @@ def nms_padded(
     if max_output < 1:
         raise ValueError(f"max_output must be at least 1, got {max_output}")
     classes = None if class_ids is None else class_ids.long()
-    outputs = _nms_padded(boxes.detach(), scores.detach(), classes, iou_threshold, score_threshold, max_output, return_suppressor)
+    args = *_detached(boxes, scores), classes, float(iou_threshold), score_threshold, max_output, return_suppressor
+    outputs = _nms_padded(*args)
     return PaddedNMS(*outputs[:2], outputs[2] if return_suppressor else None)
+
+
+def _detached(*tensors):
+    return (t.detach() if t.requires_grad else t for t in tensors)
 
 
 def _check(boxes, scores, classes, iou_threshold, dims):
     check_floats("boxes", boxes)
     check_floats("scores", scores)
-    shape = "(N, 4)" if dims == 2 else "(B, N, 4)"
-    if boxes.dim() != dims or boxes.shape[-1] != 4:
-        raise ValueError(f"boxes must be {shape}, got {tuple(boxes.shape)}")
-    for name, t in (("scores", scores), *([classes] if classes else [])):
+    *shape, four = boxes.shape or (0,)
+    if len(shape) + 1 != dims or four != 4:
+        raise ValueError(f"boxes must be {'(N, 4)' if dims == 2 else '(B, N, 4)'}, got {tuple(boxes.shape)}")
+    for name, t in (("scores", scores), classes) if classes else (("scores", scores),):
         check_tensor(name, t)
-        if t.shape != boxes.shape[:-1]:
-            raise ValueError(f"{name} must be {tuple(boxes.shape[:-1])} to fit boxes {tuple(boxes.shape)}, got {tuple(t.shape)}")
+        if [*t.shape] != shape:
+            raise ValueError(f"{name} must be {tuple(shape)} to fit boxes {tuple(boxes.shape)}, got {tuple(t.shape)}")
         if t.device != boxes.device:
             raise TypeError(f"{name} is on {t.device}, but boxes is on {boxes.device}")
     if classes and classes[1].dtype not in INTEGERS:
         raise TypeError(f"{classes[0]} must be of an integer dtype, got {classes[1].dtype}")
-    if boxes.shape[-2] > MOST_BOXES:
-        raise ValueError(f"boxes must be fewer than 2**31 an image, got {boxes.shape[-2]}")
+    if shape[-1] > MOST_BOXES:
+        raise ValueError(f"boxes must be fewer than 2**31 an image, got {shape[-1]}")
     check_number("iou_threshold", iou_threshold)
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be 0 to 1, got {iou_threshold}")
@@ -125,7 +132,7 @@ _nms = define(
     "(Tensor boxes, Tensor scores, Tensor? idxs, float iou_threshold) -> Tensor",
     fake=_nms_fake,
     reference=reference.nms,
-    cpu="minkernels.nms._cpu:nms",
+    cpu=None,
     cuda="minkernels.nms._triton:nms",
 )
 _nms_padded = define(

@@ -48,6 +48,22 @@ class GPTOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
+class UNetOptions(TrainOptions):
+    images: str = _option("", "images to learn; every fifth is held out (default: nuclei, from the package stardist)", "DIR", data=True)
+    masks: str = _option("", "their masks, of the same names: any value but 0 is the foreground, or a class", "DIR", data=True)
+    classes: int = _option(1, "1: foreground or not; more: the classes 0 to N - 1", "N")
+    skip_corrupt: bool = _option(False, "leave out files that are damaged, and name them", None)
+    steps: int = _default("steps", 300)
+    eval_every: int = _default("eval_every", 50)
+    batch_size: int = _default("batch_size", 8)
+    lr: float = _default("lr", 0.003)
+    weight_decay: float = _default("weight_decay", 0.01)
+    crop: int = _option(128, "side of the squares that it learns from, in pixels", "N")
+    width: int = _option(16, "channels at full size (the paper's: 64)", "N")
+    depth: int = _option(3, "times that the image is halved (the paper's: 4)", "N")
+
+
+@dataclass(frozen=True)
 class Model:
     about: str
     recipe: str  # "module:class", imported when it trains or runs
@@ -63,5 +79,13 @@ MODELS = {
         """  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
   python -m minmodels train gpt --out runs/book --resume
   python -m minmodels train gpt --minutes 5 --n-layer 6 --n-embd 192 --n-head 6 --out runs/topics""",
+    ),
+    "unet": Model(
+        "minUNet, which finds the class of each pixel",
+        "minmodels.recipes.unet:UNetRecipe",
+        UNetOptions,
+        """  python -m minmodels train unet --dtype bfloat16
+  python -m minmodels train unet --images cells --masks cells_masks --steps 2000 --out runs/cells
+  python -m minmodels train unet --classes 3 --out runs/rims""",
     ),
 }

@@ -1,0 +1,3 @@
+def figure(*a):
+    from matplotlib.figure import Figure
+    return Figure()

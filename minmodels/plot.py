@@ -1,10 +1,13 @@
-"""The picture of a training run."""
+"""The picture of a training run, and that of average precision."""
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
+
+from minmodels.metrics import Curve
 
 
 def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
@@ -23,6 +26,19 @@ def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     last = tests[-1]["seconds"], tests[-1]["heldout"]
     axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="center", color="tab:orange", weight="bold")
     axes.set(title=title, xlabel="training time (s)", ylabel=f"loss ({unit})")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def precision_recall_figure(curves: Mapping[str, Curve], title: str) -> Figure:
+    """The curves of CocoAP.curve() or VocAP.curve(), by the names that they get in the legend."""
+    figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(curve.recall, curve.precision, label=name)
+    axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

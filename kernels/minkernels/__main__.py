@@ -1,6 +1,7 @@
 """python -m minkernels: what is active on this machine and why. python -m minkernels build: builds the C++ library."""
 
 import argparse
+import importlib.util
 import sys
 
 import minkernels
@@ -10,12 +11,16 @@ from minkernels import _build
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m minkernels", description="Without a command: what is active here, and why.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    build = commands.add_parser("build", help="build the C++ library, in place, with g++ and ninja")
+    build = commands.add_parser("build", help="build the C++ library, in place, with g++ and ninja; with pybind11 also minkernels._host")
     build.add_argument("-v", "--verbose", action="store_true", help="print the compiler's command lines")
     args = parser.parse_args()
     if args.command == "build":
         try:
             print("built", _build.build(verbose=args.verbose))
+            if importlib.util.find_spec("pybind11"):
+                print("built", _build.build_host(verbose=args.verbose))
+            else:
+                print("not built: minkernels._host, which average precision needs: pip install pybind11, then build again")
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1

@@ -1,10 +1,11 @@
-"""Builds _ops.so with ninja: what setup.py and `python -m minkernels build` both call. Imports nothing of minkernels."""
+"""Builds _ops.so and _host with ninja: what setup.py and `python -m minkernels build` both call. Imports nothing of minkernels."""
 
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library
 FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
 HERE = Path(__file__).resolve().parent
+HOST = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"  # the only name under which this Python imports it
 
 
 def sources() -> Path:
@@ -31,16 +33,25 @@ def build(out: Path = HERE / "_ops.so", *, verbose: bool = False) -> Path:
     return _build(csrc, csrc.parent / "build" / f"ops-{platform.machine()}", out, verbose)  # kept: the next build is incremental
 
 
-def _build(csrc: Path, objects: Path, out: Path, verbose: bool) -> Path:
+def build_host(out: Path = HERE / HOST, *, verbose: bool = False) -> Path:
+    """Compiles csrc/host, the pybind11 module for this Python alone, into `out`, as build() does."""
+    csrc = sources()
+    if csrc.parent == HERE:
+        with tempfile.TemporaryDirectory() as objects:
+            return _build(csrc, Path(objects), out, verbose, _host_ninja_file, HOST)
+    return _build(csrc, csrc.parent / "build" / HOST.removesuffix(".so"), out, verbose, _host_ninja_file, HOST)
+
+
+def _build(csrc: Path, objects: Path, out: Path, verbose: bool, ninja_file=None, product: str = "_ops.so") -> Path:
     objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text(_ninja_file(csrc, objects))
+    (objects / "build.ninja").write_text((ninja_file or _ninja_file)(csrc, objects))
     command = [*_ninja(), "-C", str(objects), *(["-v"] if verbose else [])]
     result = subprocess.run(command, stdout=None if verbose else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise RuntimeError(f"the C++ build failed:\n{result.stdout or '(see above)'}")
     beside = out.with_name(f"{out.name}.{os.getpid()}")
     try:
-        shutil.copyfile(objects / "_ops.so", beside)
+        shutil.copyfile(objects / product, beside)
         os.replace(beside, out)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -67,6 +78,31 @@ def _ninja_file(csrc: Path, objects: Path) -> str:
         *(f"build {path.stem}.o: compile {_escape(path)}" for path in cpp),
         f"build _ops.so: link {' '.join(path.stem + '.o' for path in cpp)}",
         f"# torch {torch.__version__}",
+        "",
+    ])
+
+
+def _host_ninja_file(csrc: Path, objects: Path) -> str:
+    try:
+        import pybind11
+    except ImportError:
+        raise RuntimeError("no pybind11: pip install pybind11") from None
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").exists():
+        raise RuntimeError(f"no Python.h in {headers}: install Python's headers (Debian, Ubuntu: apt install python3-dev)")
+    includes = " ".join(f"-isystem {_escape(path)}" for path in (headers, pybind11.get_include()))
+    cpp = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "host").glob("*.cpp"))]
+    return "\n".join([
+        f"cxx = {_compiler()}",
+        f"flags = {FLAGS} -ffp-contract=off {includes} {os.environ.get('CXXFLAGS', '')}",  # decisions are compared bit for bit
+        "rule compile",
+        "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared $in -o $out -pthread",
+        *(f"build {path.stem}.o: compile {_escape(path)}" for path in cpp),
+        f"build {HOST}: link {' '.join(path.stem + '.o' for path in cpp)}",
         "",
     ])
 

@@ -4,6 +4,7 @@ Differences from the paper: the convolutions pad, so that the output has the siz
 Shapes: N images, C channels, H x W pixels.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -40,8 +41,8 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         widths = [config.width << level for level in range(config.depth + 1)]
-        self.down = nn.ModuleList(Block(i, o) for i, o in zip([config.in_channels, *widths], widths, strict=False))
-        pairs = list(zip(widths, widths[1:], strict=False))[::-1]  # (narrow, wide), from the bottom up
+        self.down = nn.ModuleList(Block(i, o) for i, o in itertools.pairwise([config.in_channels, *widths]))
+        pairs = list(itertools.pairwise(widths))[::-1]  # (narrow, wide), from the bottom up
         self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, stride=2) for narrow, wide in pairs)
         self.merge = nn.ModuleList(Block(2 * narrow, narrow) for narrow, _ in pairs)
         self.head = nn.Conv2d(widths[0], config.classes, 1)

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minkernels import iou_match
+
+class Match:
+    pass
+
+
+def iou_match(boxes, gts, *, fmt):
+    """To be replaced by minkernels.iou_match."""
+    (c1, s1), (c2, s2) = boxes.split(2, -1), gts.split(2, -1)
+    inter = (torch.minimum(c1 + s1 / 2, c2 + s2 / 2) - torch.maximum(c1 - s1 / 2, c2 - s2 / 2)).clamp(min=0).prod(-1)
+    iou = inter / (s1.prod(-1) + s2.prod(-1) - inter).clamp_min(1e-12)
+    match = Match()
+    match.gt_best_iou, match.gt_best_box = iou.max(-1)
+    return match
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,9 @@ def encode(boxes: Tensor, classes: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """(G, 4) x1 y1 x2 y2 as parts of the image and (G,) classes -> (K, K, 4) and (K, K), as yolo_loss takes them. Of several centres in
     one cell, the last one counts: the model has one object a cell."""
     at, of = torch.zeros(cells, cells, 4), torch.full((cells, cells), -1)
-    centres, sizes = (boxes[:, :2] + boxes[:, 2:]) / 2 * cells, boxes[:, 2:] - boxes[:, :2]
-    column, row = centres.long().clamp(0, cells - 1).unbind(-1)
-    for g in range(len(boxes)):  # in order, which an indexed store does not promise
-        at[row[g], column[g]] = torch.cat((centres[g] - torch.stack((column[g], row[g])), sizes[g]))
-        of[row[g], column[g]] = classes[g]
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2 * cells
+    cell = centres.long().clamp(0, cells - 1)
+    values = torch.cat((centres - cell, boxes[:, 2:] - boxes[:, :2]), -1)
+    for value, label, (column, row) in zip(values, classes, cell.tolist(), strict=True):  # in order, which no indexed store promises
+        at[row, column], of[row, column] = value, label
     return at, of

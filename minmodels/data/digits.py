@@ -57,30 +57,27 @@ class Digits:
         return [self.scene(self.train, generator) for _ in range(count)]
 
     def scene(self, pool, generator: torch.Generator) -> Scene:
-        """1 to `most` digits of the pool, a fifth to two fifths of the side high or wide, as bright as they come; each may hide a fifth of the
-        smaller of two boxes, and one that finds no place in ten trials is left out."""
-        canvas, boxes, classes = torch.zeros(self.side, self.side), torch.zeros(0, 4), []
+        """1 to `most` digits of the pool, a fifth to two fifths of the side high or wide. Where two boxes overlap, they share at most
+        a fifth of the smaller one; a digit that finds no place in ten trials is left out."""
+        canvas, boxes, classes = torch.zeros(self.side, self.side), [], []
         count = int(torch.randint(1, self.most + 1, (), generator=generator))
-        for _ in range(count):
-            which, size, bright, *places = torch.rand(23, generator=generator, dtype=torch.float64).tolist()
-            which = pool[int(which * len(pool))]
-            ink, size = self.ink[which], self.side * 0.2 * 2**size
+        for which, size, bright, *places in torch.rand(count, 23, generator=generator, dtype=torch.float64).tolist():
+            which, size = pool[int(which * len(pool))], self.side * 0.2 * 2**size
+            ink = self.ink[which]
             h, w = (max(3, round(size * s / max(ink.shape))) for s in ink.shape)
             for u, v in zip(places[::2], places[1::2], strict=True):
                 top, left = round(u * (self.side - h)), round(v * (self.side - w))
-                box = torch.tensor([[left, top, left + w, top + h]], dtype=torch.float32)
-                overlap = (torch.minimum(boxes[:, 2:], box[:, 2:]) - torch.maximum(boxes[:, :2], box[:, :2])).clamp(min=0).prod(-1)
-                smaller = (boxes[:, 2:] - boxes[:, :2]).prod(-1).clamp(max=h * w)
-                if (overlap <= 0.2 * smaller).all():
+                box = left, top, left + w, top + h
+                if all(_hidden(box, other) <= 0.2 for other in boxes):
                     drawn = F.interpolate(ink[None, None], (h, w), mode="bilinear", antialias=True)[0, 0] * (0.6 + 0.4 * bright)
                     part = canvas[top : top + h, left : left + w]
                     torch.maximum(part, drawn, out=part)
-                    boxes = torch.cat((boxes, box))
+                    boxes.append(box)
                     classes.append(int(self.labels[which]))
                     break
-        noise = 0.06 * torch.randn(canvas.shape, generator=generator)
-        pixels = ((canvas + noise.abs()) * 255).clamp(0, 255).to(torch.uint8).numpy()
-        return Scene("digits", pixels, boxes, torch.tensor(classes))
+        noise = torch.randn(canvas.shape, generator=generator).abs_()
+        pixels = canvas.add_(noise, alpha=0.06).clamp_(0, 1).mul_(255).to(torch.uint8).numpy()
+        return Scene("digits", pixels, torch.tensor(boxes, dtype=torch.float32), torch.tensor(classes))
 
 
 def load(side: int) -> Digits:
@@ -100,3 +97,9 @@ def _tight(digit: Tensor) -> Tensor:
     """Without the rows and columns around it that hold less than a fifth of full ink."""
     ys, xs = (digit > 0.2).nonzero(as_tuple=True)
     return digit[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1].contiguous()
+
+
+def _hidden(a, b) -> float:
+    """How much of the smaller of two boxes the other one covers."""
+    w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    return max(w, 0) * max(h, 0) / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))

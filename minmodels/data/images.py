@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -62,12 +63,32 @@ def usable(paths: Iterable[Path], use: Callable[[Path], object], skip: bool) -> 
     return results
 
 
+def given(paths: list[str], skip: bool) -> dict[str, np.ndarray]:
+    """{name: image} of files, and of all images in folders, as read() gives them; a name is that of the file without its suffix."""
+    files = [file for path in map(Path, paths) for file in (listed(path) if path.is_dir() else [path])]
+    names = {}
+    for file in files:
+        if names.setdefault(file.stem, file) is not file:
+            raise UserError(f"{names[file.stem]} and {file} have the same name, and so would what is written of them")
+    return dict(usable(files, lambda file: (file.stem, read(file)), skip))
+
+
+def resized(image: np.ndarray, side: int) -> np.ndarray:
+    """(side, side) or (side, side, 3): uint8 as it was, any other type as float32."""
+    x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
+    x = x[..., None] if x.dim() == 2 else x
+    y = F.interpolate(x.permute(2, 0, 1)[None], (side, side), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+    y = y if image.ndim == 3 else y[..., 0]
+    return y.round().clip(0, 255).astype(np.uint8) if image.dtype == np.uint8 else y
+
+
 def channels(image: np.ndarray) -> int:
     return 1 if image.ndim == 2 else image.shape[2]
 
 
 def floats(image: np.ndarray, channels: int) -> Tensor:
-    """(H, W) or (H, W, 3) -> (channels, H, W) float32, of mean 0 and deviation 1 over the image; gray copied to 3 channels, or 3 averaged to 1."""
+    """(H, W) or (H, W, 3) -> (channels, H, W) float32, of mean 0 and deviation 1 over the image; 3 channels from gray are 3 copies, and
+    gray from 3 is their mean."""
     x = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
     x = x[None] if x.dim() == 2 else x.permute(2, 0, 1)
     x = x.mean(0, keepdim=True) if channels < len(x) else x.expand(channels, -1, -1)

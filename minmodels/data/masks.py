@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from minmodels import UserError
@@ -114,10 +113,7 @@ def _mask(path: Path, classes: int) -> np.ndarray:
         return (mask != 0).astype(np.uint8)
     if mask.min() < 0 or mask.max() >= classes:
         row, column = np.argwhere((mask < 0) | (mask >= classes))[0]
-        raise UserError(f"{path} has the unknown class {mask[row, column]} at column {column}, row {row}: the classes are 0 to {classes - 1}")
+        where = f"at column {column}, row {row}"
+        raise UserError(f"{path} has the unknown class {mask[row, column]} {where}: the classes are 0 to {classes - 1}")
     return mask.astype(np.uint8)
 
-
-def save(path: Path, mask: np.ndarray, classes: int):
-    """Of one class: black and white; of more: the numbers of the classes."""
-    Image.fromarray(mask * 255 if classes == 1 else mask).save(path)

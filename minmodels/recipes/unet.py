@@ -2,11 +2,13 @@
 
 import torch
 
-from minmodels import UserError
+from minmodels import UserError, files
 from minmodels.data import images, masks
+from minmodels.metrics import segmentation_scores
 from minmodels.minunet import UNet, UNetConfig
 from minmodels.options import UNetOptions
 from minmodels.recipes import Recipe, seeded
+from minmodels.segment import figure, predicted
 
 
 class UNetRecipe(Recipe):
@@ -39,23 +41,21 @@ class UNetRecipe(Recipe):
         return y[:, None] if self.config.classes == 1 else y
 
     def heldout(self, model, move):
-        loss, found = 0.0, []
+        loss, found, classes = 0.0, [], max(2, self.config.classes)  # of one class, 0 is the background
         for example in self.masks.heldout:
             x, y = images.floats(example.image, self.config.in_channels)[None], torch.from_numpy(example.mask)[None]
             loss += model(move(x), move(self._target(y))).item() / len(self.masks.heldout)
-            found.append(model.segment(move(x))[0].cpu().numpy())
-        return {"heldout": loss, **scores(found, [example.mask for example in self.masks.heldout], self.config.classes)}
-
-    def extras(self):
-        return {}
+            found.append(predicted(model, example.image))
+        scores = segmentation_scores(found, [example.mask for example in self.masks.heldout], num_classes=classes)
+        if self.config.classes == 1:
+            return {"heldout": loss, "Dice": float(scores.dice[1]), "IoU": float(scores.iou[1])}
+        return {"heldout": loss, "mean Dice": scores.mean_dice, "mean IoU": scores.mean_iou}
 
     def finish(self, model, folder):
-        from minmodels.segment import figure
-
-        x = [images.floats(example.image, self.config.in_channels)[None] for example in self.masks.heldout[:4]]
-        device = next(model.parameters()).device
-        found = [model.segment(image.to(device))[0].cpu().numpy() for image in x]
-        figure(self.masks.heldout[:4], found, self.config.classes).savefig(folder / "segmentation.png")
+        shown = self.masks.heldout[:4]
+        found = [predicted(model, example.image) for example in shown]
+        with files.writing(folder):
+            figure(shown, found, self.config.classes).savefig(folder / "segmentation.png")
         return f"to use it: python -m minmodels segment IMAGE --checkpoint {folder} --out DIR"
 
     @classmethod
@@ -67,12 +67,3 @@ def _count(examples):
     pixels = sum(example.mask.size for example in examples)
     return f"{len(examples)} image{'s' if len(examples) > 1 else ''} of {pixels / 1e6:.2f} megapixels"
 
-
-def scores(found, truth, classes):
-    counts = []
-    for c in [1] if classes == 1 else range(classes):
-        pairs = [(f == c, t == c) for f, t in zip(found, truth, strict=True)]
-        counts.append((sum((f & t).sum() for f, t in pairs), sum((f).sum() + (t).sum() for f, t in pairs)))
-    dice = sum(2 * i / s for i, s in counts if s) / sum(s > 0 for _, s in counts)
-    iou = sum(i / (s - i) for i, s in counts if s) / sum(s > 0 for _, s in counts)
-    return {"dice": float(dice), "iou": float(iou)}

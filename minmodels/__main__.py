@@ -132,10 +132,8 @@ def _parser() -> argparse.ArgumentParser:
     segment.set_defaults(run=_segment)
     about = "Find objects with a trained minYOLO: pictures with boxes, and detections.json."
     detect = _on_images(commands, "detect", about, DETECT_EXAMPLES)
-    detect.add_argument("--score", type=_not_negative, default=0.25, metavar="X", help="least score of a detection (default: 0.25)")
-    detect.add_argument(
-        "--iou", type=_not_negative, default=0.5, metavar="X", help="largest IoU of two boxes of a class (default: 0.5)"
-    )
+    detect.add_argument("--score", type=_part, default=0.25, metavar="X", help="least score of a detection (default: 0.25)")
+    detect.add_argument("--iou", type=_part, default=0.5, metavar="X", help="largest IoU of two boxes of a class (default: 0.5)")
     detect.set_defaults(run=_detect)
 
     about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
@@ -194,6 +192,12 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
     return value
+
+
+def _part(text: str) -> float:
+    if _not_negative(text) > 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return float(text)
 
 
 def _positive(text: str) -> float:

@@ -18,12 +18,12 @@ class UNetRecipe(Recipe):
         super().__init__(options)
         if bool(options.images) != bool(options.masks):
             raise UserError("--images and --masks go together")
+        if options.crop < 2 << options.depth:
+            raise UserError(f"--crop {options.crop} is too small to be halved {options.depth} times: at least {2 << options.depth}")
         if options.images:
             self.masks = masks.load(options.images, options.masks, options.classes, options.skip_corrupt)
         else:
             self.masks = masks.nuclei(options.classes)
-        if options.crop < 2 << options.depth:
-            raise UserError(f"--crop {options.crop} is too small to be halved {options.depth} times: at least {2 << options.depth}")
         self.config = UNetConfig(self.masks.channels, options.classes, options.width, options.depth)
         self.sha256, self.model = self.masks.sha256, self.new()
         self.data = f"{self.masks.name}: {_count(self.masks.train)}, {_count(self.masks.heldout)} held out"

@@ -60,4 +60,4 @@ $(LIBRARY): $(SOURCES) | $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf build $(LIBRARY) *.egg-info $(if $(VENV),$(VENV))
+	rm -rf build $(LIBRARY) kernels/minkernels/_host.*.so *.egg-info $(if $(VENV),$(VENV))

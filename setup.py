@@ -1,4 +1,5 @@
-"""The C++ library, built where there is torch, and csrc, carried along for where there is not; the rest is in pyproject.toml."""
+"""The C++ library, built where there is torch, minkernels._host, built where there is pybind11 too, and csrc, carried along for where
+they are not; the rest is in pyproject.toml."""
 
 import importlib.util
 import shutil
@@ -11,6 +12,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+HOST = "minkernels._host"
 HOW = "To build it: pip install ninja, then `python -m minkernels build` in the environment that has torch."
 
 
@@ -24,11 +26,14 @@ class BuildExt(build_ext):
         try:
             out = Path(self.get_ext_fullpath(ext.name))
             out.parent.mkdir(parents=True, exist_ok=True)
-            build.build(out)
+            (build.build_host if ext.name == HOST else build.build)(out)
         except RuntimeError as error:
-            print(f"\nwarning: minkernels is installed without its C++ library: {error}\n{HOW}\n", file=sys.stderr)
+            what = HOST if ext.name == HOST else "its C++ library"
+            print(f"\nwarning: minkernels is installed without {what}: {error}\n{HOW}\n", file=sys.stderr)
 
     def get_ext_filename(self, fullname):
+        if fullname == HOST:
+            return super().get_ext_filename(fullname)  # for this Python alone; another one says how to build its own
         return str(Path(*fullname.split("."))) + ".so"  # one library for every Python
 
     def get_outputs(self):
@@ -59,7 +64,8 @@ def extensions():
     if importlib.util.find_spec("torch") is None:
         print(f"\nwarning: no torch in this build environment: minkernels is installed without its C++ library. {HOW}\n", file=sys.stderr)
         return []
-    return [Extension("minkernels._ops", sources=[])]
+    names = ["minkernels._ops"] + [HOST] * bool(importlib.util.find_spec("pybind11"))
+    return [Extension(name, sources=[]) for name in names]
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExt, "build_py": BuildPy, "bdist_wheel": Wheel})

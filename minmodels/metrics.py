@@ -39,7 +39,7 @@ class Curve(NamedTuple):
     score: np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class CocoAP:
     """What coco_ap returns. K classes; T = 10 IOUS, R = 101 RECALLS, A = 4 AREAS, M = 3 MAX_DETS. -1 is no figure: the class has no
     ground truth in that area range (for stats: no class has).
@@ -83,6 +83,8 @@ class CocoAP:
             lines.append(f" {title} @[ IoU={ious:<9} | area={area:>6} | maxDets={most:>3} ] = {self.stats[name]:.3f}")
         return "\n".join(lines)
 
+    __str__ = __repr__ = summary
+
 
 def coco_ap(
     gts: Sequence[Mapping] | str | Path, dets: Sequence[Mapping] | str | Path, *, fmt: str = "xyxy", threads: int = 1
@@ -97,7 +99,7 @@ def coco_ap(
             of a COCO result file: a list of {image_id, category_id, bbox, score}.
         fmt: of the boxes in arrays: "xyxy", "xywh" or "cxcywh"; pixels, the end is not included. COCO files hold xywh.
         threads: how many the classes are shared between; the result is the same.
-    Returns: CocoAP; print(coco_ap(...).summary()) is what pycocotools prints.
+    Returns: CocoAP; print(coco_ap(...)) prints what pycocotools does.
     Raises: ValueError or TypeError naming the argument, the image and the column; CocoFileError (a ValueError) naming the file, the entry
         and the reason; ImportError where minkernels._host is not built. Nothing is scored before all is checked.
     Source: cocodataset/cocoapi, PythonAPI/pycocotools/cocoeval.py. One difference: pycocotools takes an annotation whose id is 0 for
@@ -110,7 +112,7 @@ def coco_ap(
     if isinstance(gts, str | Path) and isinstance(dets, str | Path):
         scene, fmt = boxes.from_coco_files(Path(gts), Path(dets)), "xywh"
     else:
-        scene = boxes.from_arrays(gts, dets, "crowd")
+        scene = boxes.from_arrays(gts, dets, "crowd", "area")
     gts, dets, K = scene.gts, scene.dets, len(scene.classes)
     for box in (gts.box, dets.box):
         if fmt == "xyxy":

@@ -150,9 +150,11 @@ class CocoClass {
 
   void match(const double* box, Det& det) {
     candidates_.clear();
+    bool nan = false;  // from sides whose product overflows or vanishes: it matches, and after it nothing is less than the best
     for (Truth& g : truths_) {
       double iou = coco_iou(box, g.box, g.crowd);
-      if (!(iou < at_least_[0])) candidates_.push_back({iou, &g});  // NaN, from sides that overflow or vanish, is one too
+      nan |= iou != iou;
+      if (nan || iou >= at_least_[0]) candidates_.push_back({iou, &g});
     }
     for (size_t t = 0; t < T_; t++) {
       const auto reaches = [&](const Candidate& c) { return !(c.iou < at_least_[t]); };

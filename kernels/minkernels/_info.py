@@ -1,6 +1,7 @@
 """What is active on this machine, and why: minkernels.info()."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ class Info:
     threads: int
     gpus: tuple[str, ...]
     library: str  # the path of _ops.so and how it was built, or why it is not there
+    host: str  # the path of _host, which average precision needs, or how to get it
     backends: dict[str, dict[str, str]] = field(default_factory=dict)  # op -> device -> what serves it
     missing: tuple[str, ...] = ()
 
@@ -33,6 +35,7 @@ class Info:
             ("CPU", f"{self.cpu}, {self.threads} threads; {self.cpu_features or 'features unknown without the C++ library'}"),
             ("GPU", ", ".join(self.gpus) or "none visible to torch"),
             ("C++ library", self.library),
+            ("NumPy module", self.host),
             *((op, "; ".join(f"{device}: {what}" for device, what in devices.items())) for op, devices in self.backends.items()),
             *(("missing", text) for text in self.missing),
         ]
@@ -52,6 +55,7 @@ def info() -> Info:
     cpu = "the reference, slow, for want of the C++ library" if reason else f"C++ for {level}, the best level of this CPU"
     if os.environ.get("MINKERNELS_CPU_LEVEL") and level:
         cpu = f"C++ for {level}, as MINKERNELS_CPU_LEVEL asks"
+    host = importlib.util.find_spec("minkernels._host")
     triton = _version("triton")
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if triton is None:
@@ -69,6 +73,7 @@ def info() -> Info:
         threads=torch.get_num_threads(),
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
+        host=host.origin if host else f"not built for this Python: pip install pybind11, then {_library.BUILD}",
         backends=dict.fromkeys(("attention", "cross_entropy", "linear_cross_entropy", "segmentation"), devices),
         missing=tuple(missing),
     )

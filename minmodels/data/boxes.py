@@ -38,14 +38,16 @@ class Scene:
     names: tuple[str, ...]
 
 
-def from_arrays(gts: Sequence[Mapping], dets: Sequence[Mapping], flag: str) -> Scene:
-    """flag: the name of the ground truths' optional 0/1 column. Raises ValueError or TypeError naming the image and the column."""
+def from_arrays(gts: Sequence[Mapping], dets: Sequence[Mapping], flag: str, *more: str) -> Scene:
+    """flag: the name of the ground truths' optional 0/1 column; more: "area" or nothing. Raises ValueError or TypeError naming the image
+    and the column."""
     for name, items in (("gts", gts), ("dets", dets)):
         if isinstance(items, str | Path | Mapping) or not isinstance(items, Sequence):
             raise TypeError(f"{name} must be a list with a dict for each image, or both gts and dets a path, got {type(items).__name__}")
     if len(gts) != len(dets):
         raise ValueError(f"gts and dets must have an entry for each image, got {len(gts)} and {len(dets)}")
-    truth, found = _Images(gts, "gts", {"boxes", "classes"}, {"area", flag}), _Images(dets, "dets", {"boxes", "classes", "scores"}, set())
+    truth = _Images(gts, "gts", {"boxes", "classes"}, {flag, *more})
+    found = _Images(dets, "dets", {"boxes", "classes", "scores"}, set())
     ids = [images.column("classes", "iu", np.int64) for images in (truth, found)]
     classes, category = np.unique(np.concatenate(ids), return_inverse=True)
     category = np.split(category.astype(np.int32), [len(ids[0])])

@@ -65,6 +65,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("attention-fwd-bwd", ["bench/bench_attention.py::bench_fwd_bwd"], 40, 150),
         bench("attention-decode", ["bench/bench_attention.py::bench_decode"], 20, 30),
         bench("segmentation", ["bench/bench_segmentation.py"], 30, 60),
+        bench("boxes", ["bench/bench_boxes.py"], 30, 60),
         bench("mingpt", ["bench/bench_mingpt.py"], 30, 60),
     ]
     sanitizer = shutil.which("compute-sanitizer")

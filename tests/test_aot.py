@@ -12,6 +12,7 @@ aot = pytest.importorskip("aot", reason="needs Triton")
 
 from minkernels.attention import _triton as attention  # noqa: E402
 from minkernels.attention._options import Options  # noqa: E402
+from minkernels.boxes import _triton as boxes  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
 from minkernels.cross_entropy._options import Options as SoftmaxOptions  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
@@ -198,3 +199,43 @@ def test_bce_dice(target, class_map, dtype, tmp_path):
         check(kernels, target, tmp_path, dtype, ["_dice_sums_kernel", "_dice_finish_kernel", "_dice_grad_kernel"])
         if "ptx" in kernels[0].asm:
             assert ("assertfail" in kernels[0].asm["ptx"]) == class_map, "classes are checked"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["iou", "ciou"] + ["giou", "diou"] * EVERY)
+def test_box_pairs(target, kind, tmp_path):
+    """Large sets; and few boxes beside many, whose gradient is summed in parts. IEEE division, nothing contracted."""
+    for N, M in ((4000, 4000), (3, 9000)):
+        a, b, dout = torch.empty(2, N, 4), torch.empty(2, M, 4), torch.empty(2, N, M)
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            boxes.pairs_fwd(a, b, kind, "cxcywh", 1e-7)
+            boxes.pairs_bwd(dout, a, b, kind, "cxcywh", 1e-7, True, True)
+        check(kernels, target, tmp_path, torch.float32, ["_pairs_kernel"] + ["_pairs_grad_kernel"] * 2)
+        check_exact(kernels[0])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_iou_match(target, tmp_path):
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        boxes.match(torch.empty(2, 9000, 4), torch.empty(2, 100, 4), "xyxy")
+    check(kernels, target, tmp_path, torch.float32, ["_match_kernel"] * 2)
+    for kernel in kernels:
+        check_exact(kernel)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("kind", ["giou", "ciou"] + ["iou", "diou"] * EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_iou_loss(target, kind, dtype, tmp_path):
+    a, b = torch.empty(9000, 4, dtype=dtype), torch.empty(9000, 4, dtype=dtype)
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        boxes.loss_fwd(a, b, kind, "cxcywh", 1e-7, "mean")
+        boxes.loss_bwd(torch.empty(9000), a, b, kind, "cxcywh", 1e-7, True, True)
+    check(kernels, target, tmp_path, dtype, ["_loss_kernel", "_loss_grad_kernel"])
+
+
+def check_exact(kernel):
+    """That nothing is contracted can only be read off PTX; the divisions' own refinement is in a subroutine, or in AMD's instructions."""
+    if "ptx" in kernel.asm:
+        assert "div.rn.f32" in kernel.asm["ptx"] and "div.full" not in kernel.asm["ptx"]
+        assert "fma.rn" not in kernel.asm["ptx"], f"{kernel.metadata.name} contracts"

@@ -2,19 +2,27 @@
 
 from minkernels._info import info
 from minkernels.attention.ops import attention, attention_varlen, merge_attention
+from minkernels.boxes.ops import IoUMatch, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, iou_loss, iou_match
 from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 
 __version__ = "0.1.0"
 __all__ = [
+    "IoUMatch",
     "TokenLogprobs",
     "attention",
     "attention_varlen",
     "bce_dice_loss",
     "bce_with_logits",
+    "box_iou",
+    "complete_box_iou",
     "cross_entropy",
+    "distance_box_iou",
+    "generalized_box_iou",
     "info",
+    "iou_loss",
+    "iou_match",
     "linear_cross_entropy",
     "linear_token_logprobs",
     "merge_attention",

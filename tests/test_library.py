@@ -48,7 +48,7 @@ print(time.process_time() - start)
 def test_info_names_what_serves_each_op(library):
     info = minkernels.info()
     assert info.version == minkernels.__version__ and info.cpu_level == library._cpu_level() and not info.missing
-    assert set(info.backends) == {"attention", "cross_entropy", "linear_cross_entropy", "segmentation", "boxes"}
+    assert set(info.backends) == {"attention", "boxes", "cross_entropy", "linear_cross_entropy", "nms", "segmentation", "soft_nms", "yolo"}
     assert all(info.cpu_level in devices["CPU"] for devices in info.backends.values())
     printed = python("import runpy; runpy.run_module('minkernels', run_name='__main__')")
     assert printed.stdout.strip() == str(info).strip(), printed.stderr

@@ -5,14 +5,21 @@ from minkernels.attention.ops import attention, attention_varlen, merge_attentio
 from minkernels.boxes.ops import IoUMatch, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, iou_loss, iou_match
 from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
+from minkernels.nms.ops import PaddedNMS, batched_nms, nms, nms_padded
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
+from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
+from minkernels.yolo.ops import Detections, yolo_detect
 
 __version__ = "0.1.0"
 __all__ = [
+    "Detections",
     "IoUMatch",
+    "PaddedNMS",
+    "RescoredNMS",
     "TokenLogprobs",
     "attention",
     "attention_varlen",
+    "batched_nms",
     "bce_dice_loss",
     "bce_with_logits",
     "box_iou",
@@ -25,7 +32,12 @@ __all__ = [
     "iou_match",
     "linear_cross_entropy",
     "linear_token_logprobs",
+    "matrix_nms",
     "merge_attention",
+    "nms",
+    "nms_padded",
     "sigmoid_focal_loss",
+    "soft_nms",
     "token_logprobs",
+    "yolo_detect",
 ]

@@ -74,7 +74,7 @@ def info() -> Info:
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
         host=host.origin if host else f"not built for this Python: pip install pybind11, then {_library.BUILD}",
-        backends=dict.fromkeys(("attention", "cross_entropy", "linear_cross_entropy", "segmentation", "boxes"), devices),
+        backends=dict.fromkeys(("attention", "boxes", "cross_entropy", "linear_cross_entropy", "nms", "segmentation", "soft_nms", "yolo"), devices),
         missing=tuple(missing),
     )
 

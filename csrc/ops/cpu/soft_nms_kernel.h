@@ -1,0 +1,137 @@
+// Soft-NMS and Matrix NMS on one level. Every operation rounds once, in the order of reference.py: compiled without contraction.
+
+INLINE f32 smaller(f32 a, f32 b) {
+#if LEVEL_BYTES == 64
+  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LEVEL_BYTES == 32
+  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
+
+// A bit for each lane of a comparison's result.
+INLINE uint32_t lane_bits(i32 m) {
+#if LEVEL_BYTES == 64
+  return _mm512_movepi32_mask((__m512i)m);
+#elif LEVEL_BYTES == 32
+  return uint32_t(_mm256_movemask_ps((__m256)m));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < vector<float>::lanes; i++) bits |= uint32_t(m[i] & 1) << i;
+  return bits;
+#endif
+}
+INLINE uint32_t lane_bits(i64 m) {
+#if LEVEL_BYTES == 64
+  return _mm512_movepi64_mask((__m512i)m);
+#elif LEVEL_BYTES == 32
+  return uint32_t(_mm256_movemask_pd((__m256d)m));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < vector<double>::lanes; i++) bits |= uint32_t(m[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <class A>
+struct Overlap {
+  vec<A> w, h;
+  uint32_t bits;  // of the lanes whose boxes share an area with the box; in the others the IoU is 0
+};
+template <class A>
+INLINE Overlap<A> overlap(const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
+  Overlap<A> o;
+  o.w = smaller(load(b.x2 + i), splat(box.x2)) - max(load(b.x1 + i), splat(box.x1));
+  o.h = smaller(load(b.y2 + i), splat(box.y2)) - max(load(b.y1 + i), splat(box.y1));
+  o.bits = lane_bits(smaller(o.w, o.h) > 0);
+  return o;
+}
+// Of the lanes that overlap; of the others any number.
+template <class A>
+INLINE vec<A> iou(const Overlap<A>& o, const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
+  vec<A> both = o.w * o.h, ratio = both / (load(b.area + i) + box.area - both);
+  ratio = ratio == ratio ? ratio : vec<A>{};
+  return smaller(ratio, splat(A(1)));
+}
+
+// exp(-u): exp_of_minus() of reference.py.
+template <class A>
+INLINE vec<A> exp_of_minus(vec<A> u) {
+  constexpr bool wide = sizeof(A) == 8;
+  constexpr int degree = wide ? 13 : 7, mantissa = wide ? 52 : 23, bias = wide ? 1023 : 127;
+  constexpr double high = wide ? 0.6931471803691238 : 0.693359375, low = wide ? 1.9082149292705877e-10 : -2.12194440e-4;
+  constexpr double most = wide ? 708 : 87;
+  constexpr double one_over_factorial[] = {1.,           1. / 1,        1. / 2,         1. / 6,          1. / 24,
+                                           1. / 120,     1. / 720,      1. / 5040,      1. / 40320,      1. / 362880,
+                                           1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
+  vec<A> v = smaller(u, splat(A(most)));
+  vec<lane_t<A>> n = __builtin_convertvector(v * A(LOG2E) + A(0.5), vec<lane_t<A>>);
+  vec<A> k = __builtin_convertvector(n, vec<A>), r = (k * A(high) - v) + k * A(low), p = splat(A(one_over_factorial[degree]));
+#pragma GCC unroll 13
+  for (int i = degree - 1; i >= 0; i--) p = p * r + A(one_over_factorial[i]);
+  return u > A(most) ? vec<A>{} : p * (vec<A>)((bias - n) << mantissa);
+}
+
+template <class A>
+static A lower(const SoftBoxes<A>& kept, int64_t& done, int64_t n, const SoftBox<A>& box, A s, A stop, A least, const Decay<A>& d) {
+  constexpr int L = vector<A>::lanes;
+  while (done < n) {
+    int64_t i = done;
+    Overlap<A> o = overlap(kept, i, box);
+    uint32_t bits = n - i < L ? o.bits & ((1u << (n - i)) - 1) : o.bits;
+    done = min(n, i + L);
+    if (!bits) continue;
+    vec<A> x = iou(o, kept, i, box), w;
+    if (d.gaussian) {
+      w = exp_of_minus<A>(x * x * d.factor);
+    } else {
+      bits &= lane_bits(x > d.threshold);
+      w = 1 - x;
+    }
+    A weights[L];
+    store(weights, w);
+    for (; bits; bits &= bits - 1) {
+      int lane = __builtin_ctz(bits);
+      s *= weights[lane];
+      if (s < stop || !(s > least)) {
+        done = i + lane + 1;
+        return s;
+      }
+    }
+  }
+  return s;
+}
+
+// Row by row, and c of every box above is known: one pass over the pairs. Lanes from j on are no boxes above: c of them is such that
+// they lower nothing.
+template <class A>
+static void matrix(const SoftBoxes<A>& b, int64_t n, A* scores, A* c, const Decay<A>& d) {
+  constexpr int L = vector<A>::lanes;
+  for (int64_t j = 0; j < n; j++) {
+    SoftBox<A> box = b.at(j);
+    vec<A> most = {}, m = d.gaussian ? vec<A>{} : splat(A(1));
+    for (int64_t i = 0; i < j; i += L) {
+      Overlap<A> o = overlap(b, i, box);
+      if (!o.bits) continue;
+      vec<A> x = iou(o, b, i, box), above = load(c + i);
+      x = (smaller(o.w, o.h) > 0) & (lane_numbers<A>() < lane_t<A>(min(j - i, L))) ? x : vec<A>{};
+      most = max(x, most);
+      if (d.gaussian) {
+        m = max(x * x - above, m);
+      } else {
+        vec<A> ratio = (1 - x) / above;
+        m = (above > 0) & (ratio < m) ? ratio : m;
+      }
+    }
+    A largest = fold_max<A>(most);
+    c[j] = d.gaussian ? largest * largest : 1 - largest;
+    scores[j] *= d.gaussian ? exp_of_minus<A>(splat(fold_max<A>(m) * d.factor))[0] : -fold_max<A>(-m);
+  }
+}
+
+template <class A>
+static SoftNMSKernels<A> soft_nms_kernels() {
+  return {lower<A>, matrix<A>};
+}

@@ -1,0 +1,160 @@
+// yolo_detect on CPU tensors: candidates found in blocks of places, cut to the most that are wanted, decoded; and, when NMS has chosen,
+// the results. The filter is in yolo_kernel.h.
+#include "yolo.h"
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "runtime.h"
+
+#define KERNEL "yolo_kernel.h"
+#include "levels.h"
+
+namespace minkernels {
+
+static constexpr YoloKernels (*kernels_at[])(Dtype) = LEVELS(yolo_kernels);
+
+struct Decoder {
+  const Yolo& a;
+  double height, width;
+  bool sqrt_wh;
+
+  template <class A>
+  A at(int64_t i) const {
+    switch (a.dtype) {
+      case Dtype::f16: return A(plain::widen(((const half*)a.pred)[i]));
+      case Dtype::bf16: return A(plain::widen(((const bfloat16*)a.pred)[i]));
+      case Dtype::f32: return A(((const float*)a.pred)[i]);
+      default: return A(((const double*)a.pred)[i]);
+    }
+  }
+  // Corners in pixels: each operation rounds once, in the order of reference.py.
+  template <class A>
+  void corners(int64_t image, int64_t place, A* to) const {
+    A x[4];
+    int64_t start = image * a.image;
+    if (a.head == Head::v8) {
+      for (int i = 0; i < 4; i++) x[i] = at<A>(start + i * a.channel + place * a.anchor);
+    } else {
+      int64_t cell = place / a.boxes_per_cell, cells = a.S * a.S, n = 5 * a.boxes_per_cell + a.C;
+      start += a.head == Head::v1 ? cell * n + place % a.boxes_per_cell * 5 : cells * (a.C + a.boxes_per_cell) + place * 4;
+      for (int i = 0; i < 4; i++) x[i] = at<A>(start + i);
+      x[0] = (x[0] + A(cell % a.S)) / A(a.S) * A(width), x[1] = (x[1] + A(cell / a.S)) / A(a.S) * A(height);
+      if (sqrt_wh) x[2] = x[2] * x[2], x[3] = x[3] * x[3];
+      x[2] = x[2] * A(width), x[3] = x[3] * A(height);
+    }
+    A w = x[2] * A(0.5), h = x[3] * A(0.5);
+    to[0] = x[0] - w, to[1] = x[1] - h, to[2] = x[0] + w, to[3] = x[1] + h;
+  }
+};
+
+// The `most` highest scores, of equal ones the first, in the order they had.
+static void cut(std::vector<Found>& found, int64_t most) {
+  if (int64_t(found.size()) <= most) return;
+  std::vector<double> scores(found.size());
+  for (size_t i = 0; i < found.size(); i++) scores[i] = found[i].score;
+  std::nth_element(scores.begin(), scores.begin() + most - 1, scores.end(), [](double x, double y) { return x > y; });
+  double last = scores[most - 1];
+  int64_t ties = most - std::count_if(scores.begin(), scores.begin() + most, [&](double s) { return s > last; });
+  size_t n = 0;
+  for (const Found& f : found)
+    if (f.score > last || (f.score == last && ties-- > 0)) found[n++] = f;
+  found.resize(n);
+}
+
+// Candidates of every image: corners (B, N, 4), raw scores (B, N) and classes (B, N), where N is the most that an image has; the others
+// end with NaN scores.
+static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t head, int64_t boxes_per_cell, int64_t num_classes,
+                                                          double height, double width, bool sqrt_wh, double least, bool multi_label,
+                                                          int64_t max_candidates) {
+  Yolo a;
+  a.pred = (const char*)pred.data_ptr(), a.dtype = dtype_of(pred), a.head = Head(head);
+  a.B = pred.size(0), a.image = pred.stride(0), a.C = num_classes, a.boxes_per_cell = boxes_per_cell;
+  a.least = least, a.multi_label = multi_label;
+  if (a.head == Head::v8) {
+    a.channel = pred.stride(1), a.anchor = pred.stride(2), a.places = pred.size(2);
+  } else {
+    int64_t n = 5 * boxes_per_cell + num_classes;
+    a.S = a.head == Head::v1 ? pred.size(1) : std::llround(std::sqrt(double(pred.size(1) / n)));
+    a.places = a.S * a.S * boxes_per_cell;
+  }
+  YoloKernels kernels = kernels_at[level()](a.dtype);
+  const int64_t block = std::clamp<int64_t>((1 << 17) / a.C, 64, 1024);  // places of a task
+  int64_t tasks = (a.places + block - 1) / block, room = block * (multi_label ? a.C : 1);
+  size_t scratch = (block + a.C + 2 * YOLO_PAD + 2) * 8 + a.C * 8;
+  scratch = (scratch + 63) / 64 * 64;
+  std::vector<std::vector<Found>> parts(a.B * tasks);
+  run_tasks(a.B * tasks, scratch + room * sizeof(Found), [&](int64_t task, char* memory) {
+    int64_t first = task % tasks * block;
+    Found* found = (Found*)(memory + scratch);
+    int64_t n = kernels.find(a, task / tasks, first, std::min(block, a.places - first), memory, found);
+    parts[task].assign(found, found + n);
+  });
+
+  std::vector<std::vector<Found>> images(a.B);
+  run_tasks(a.B, 0, [&](int64_t b, char*) {
+    for (int64_t t = 0; t < tasks; t++) images[b].insert(images[b].end(), parts[b * tasks + t].begin(), parts[b * tasks + t].end());
+    cut(images[b], max_candidates);
+  });
+  int64_t N = 0;
+  for (const auto& found : images) N = std::max(N, int64_t(found.size()));
+  using torch::headeronly::ScalarType;
+  bool wide = a.dtype == Dtype::f64;
+  ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
+  Tensor boxes = torch::stable::new_empty(pred, {a.B, N, 4}, type), scores = torch::stable::new_empty(pred, {a.B, N}, type);
+  Tensor classes = torch::stable::new_empty(pred, {a.B, N}, ScalarType::Long);
+  const auto decode_image = [&](int64_t b, auto zero) {
+    using A = decltype(zero);
+    Decoder decoder{a, height, width, sqrt_wh};
+    A *box = (A*)boxes.data_ptr() + b * N * 4, *score = (A*)scores.data_ptr() + b * N;
+    int64_t* class_id = (int64_t*)classes.data_ptr() + b * N;
+    for (int64_t i = 0; i < N; i++) {
+      if (i < int64_t(images[b].size())) {
+        Found f = images[b][i];
+        decoder.corners(b, f.number / a.C, box + 4 * i);
+        score[i] = A(f.score), class_id[i] = f.number % a.C;
+      } else {
+        std::fill(box + 4 * i, box + 4 * i + 4, A(0)), score[i] = std::numeric_limits<A>::quiet_NaN(), class_id[i] = 0;
+      }
+    }
+  };
+  run_tasks(a.B, 0, [&](int64_t b, char*) { wide ? decode_image(b, double()) : decode_image(b, float()); });
+  return {boxes, scores, classes};
+}
+
+template <class A>
+static void write_detections(const Tensor& boxes, const Tensor& scores, const Tensor& classes, const Tensor& indices, bool logits,
+                             Tensor& out_boxes, Tensor& out_scores, Tensor& out_classes) {
+  int64_t K = indices.size(1), N = scores.size(1);
+  const A *from = (const A*)boxes.data_ptr(), *raw = (const A*)scores.data_ptr();
+  for (int64_t k = 0; k < indices.size(0) * K; k++) {
+    int64_t i = ((const int64_t*)indices.data_ptr())[k], source = k / K * N + i;
+    A *box = (A*)out_boxes.data_ptr() + 4 * k, score = 0;
+    if (i >= 0) score = logits ? A(1 / (1 + std::exp(-double(raw[source])))) : raw[source];
+    for (int j = 0; j < 4; j++) box[j] = i >= 0 ? from[4 * source + j] : 0;
+    ((A*)out_scores.data_ptr())[k] = score;
+    ((int64_t*)out_classes.data_ptr())[k] = i >= 0 ? ((const int64_t*)classes.data_ptr())[source] : -1;
+  }
+}
+
+static void yolo_detections(Tensor boxes, Tensor scores, Tensor classes, Tensor indices, bool logits, Tensor out_boxes, Tensor out_scores,
+                            Tensor out_classes) {
+  (dtype_of(boxes) == Dtype::f64 ? write_detections<double> : write_detections<float>)(boxes, scores, classes, indices, logits, out_boxes,
+                                                                                       out_scores, out_classes);
+}
+
+}  // namespace minkernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
+  m.def(
+      "_yolo_candidates(Tensor pred, int head, int boxes_per_cell, int num_classes, float height, float width, bool sqrt_wh, float least, "
+      "bool multi_label, int max_candidates) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "_yolo_detections(Tensor boxes, Tensor scores, Tensor classes, Tensor indices, bool logits, Tensor(a!) out_boxes, "
+      "Tensor(b!) out_scores, Tensor(c!) out_classes) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
+  m.impl("_yolo_candidates", TORCH_BOX(&minkernels::yolo_candidates));
+  m.impl("_yolo_detections", TORCH_BOX(&minkernels::yolo_detections));
+}

@@ -1,0 +1,141 @@
+"""Soft-NMS and Matrix NMS of a batch: what they promise."""
+
+import torch
+from torch import Tensor
+
+from minkernels._checks import check_floats, check_int, check_number, check_tensor
+from minkernels._library import define
+from minkernels.soft_nms import reference
+from minkernels.soft_nms._options import RescoredNMS, outputs
+
+METHODS = "linear", "gaussian"
+IDS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+
+
+def soft_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    class_ids: Tensor | None = None,
+    method: str = "linear",
+    iou_threshold: float = 0.3,
+    sigma: float = 0.5,
+    min_score: float = 1e-3,
+    max_output: int,
+) -> RescoredNMS:
+    """Soft-NMS: every selected box lowers the scores of those that overlap it, instead of removing them.
+
+    The exact sequential algorithm, of every image: the box with the highest score so far is selected (of equal ones the first), then
+    each box of its class that is left has its score multiplied by 1 - IoU where IoU > iou_threshold (linear), or by
+    exp(-IoU**2 / sigma) (gaussian); and again, while a score is above min_score.
+
+    Shapes: B images, N boxes each, K = max_output.
+    Args:
+        boxes: (B, N, 4) as x1, y1, x2, y2, in any unit: float16, bfloat16, float32, or float64 (CPU only); any strides. A box with a NaN
+            is dropped; one whose x2 < x1 or y2 < y1 overlaps nothing.
+        scores: (B, N), of any of these dtypes. A NaN is dropped.
+        class_ids: (B, N) int64, int32, int16, int8 or uint8, any values: only boxes of a class change each other. Default: one class.
+        method: "linear" or "gaussian". iou_threshold: of linear alone, 0 to 1. sigma: of gaussian alone, positive.
+        min_score: 0 to 1; scores must be above it, before as after.
+        max_output: K, at least 1: the selection of an image stops there, over all of its classes.
+    Returns: RescoredNMS(indices (B, K) int64, into N, in the order of selection, which is that of the scores, -1 padded; scores (B, K)
+        as they were when selected, 0 padded; counts (B,) int64). Scores are float32; float64 if boxes or scores are. No gradient:
+        inputs that require one are detached. The same bits on every device and for any number of threads: the arithmetic is float32
+        without contraction (float64 for float64), the exponential a fixed polynomial; thresholds count as they are given, unrounded.
+        An IoU that is 0 / 0 or inf / inf counts as 0.
+    Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices.
+    Memory: O(N) beside the results; no host synchronisation.
+    Source: Soft-NMS, Bodla et al. 2017, arXiv:1704.04503, equations 2 and 3 (strict as its authors' code: a box at iou_threshold stays).
+    """
+    boxes, scores, class_ids = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
+    check_unit("iou_threshold", iou_threshold)
+    numbers = float(iou_threshold), float(sigma), float(min_score)
+    return RescoredNMS(*_soft_nms(boxes, scores, class_ids, method, *numbers, max_output))
+
+
+def matrix_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    *,
+    class_ids: Tensor | None = None,
+    method: str = "gaussian",
+    sigma: float = 2.0,
+    min_score: float,
+    max_output: int,
+) -> RescoredNMS:
+    """Matrix NMS: the score of box j is multiplied by min over the boxes i of its class with a higher score (of equal ones, before it) of
+    f(IoU of i and j) / f(c of i), where c of i is the largest IoU of i with a box above it; f(x) = exp(-sigma x**2) (gaussian), or
+    1 - x (linear; a box i with c = 1 lowers nothing: the box that it equals does). No iteration: all at once.
+
+    Args:
+        boxes, scores, class_ids, max_output: as soft_nms takes them.
+        method: "gaussian" or "linear". sigma: of gaussian alone, positive.
+        min_score: 0 to 1; scores must be above it, before as after.
+    Returns: RescoredNMS, as soft_nms, by descending new score (of equal ones the first).
+    Raises: as soft_nms.
+    Memory: O(N) beside the results, no N x N tensor; no host synchronisation.
+    Source: SOLOv2, Wang et al. 2020, arXiv:2003.10152, section 3.3, equations 3 to 5.
+    """
+    boxes, scores, class_ids = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
+    return RescoredNMS(*_matrix_nms(boxes, scores, class_ids, method, float(sigma), float(min_score), max_output))
+
+
+def check_unit(name, x):
+    """A threshold of IoUs or probabilities."""
+    check_number(name, x)
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name} must be 0 to 1, got {x}")
+
+
+def check_max_output(max_output):
+    check_int("max_output", max_output)
+    if max_output < 1:
+        raise ValueError(f"max_output must be at least 1, got {max_output}")
+
+
+def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
+    check_floats("boxes", boxes)
+    if boxes.dim() != 3 or boxes.shape[2] != 4:
+        raise ValueError(f"boxes must be (B, N, 4), got {tuple(boxes.shape)}")
+    check_floats("scores", scores)
+    _check_fit(boxes, "scores", scores)
+    if class_ids is not None:
+        check_tensor("class_ids", class_ids)
+        if class_ids.dtype not in IDS:
+            raise TypeError(f"class_ids must be int64, int32, int16, int8 or uint8, got {class_ids.dtype}")
+        _check_fit(boxes, "class_ids", class_ids)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_number("sigma", sigma)
+    if not 1e-30 <= sigma <= 1e30:  # it and 1 / sigma are to be float32
+        raise ValueError(f"sigma must be 1e-30 to 1e30, got {sigma}")
+    check_unit("min_score", min_score)
+    check_max_output(max_output)
+    return boxes.detach(), scores.detach(), class_ids
+
+
+def _check_fit(boxes, name, t):
+    if t.shape != boxes.shape[:2]:
+        raise ValueError(f"{name} must be {tuple(boxes.shape[:2])} to fit boxes {tuple(boxes.shape)}, got {tuple(t.shape)}")
+    if t.device != boxes.device:
+        raise TypeError(f"{name} is on {t.device}, but boxes is on {boxes.device}")
+
+
+_soft_nms = define(
+    "soft_nms",
+    "(Tensor boxes, Tensor scores, Tensor? class_ids, str method, float iou_threshold, float sigma, float min_score, int max_output)"
+    " -> (Tensor indices, Tensor scores, Tensor counts)",
+    fake=lambda boxes, scores, *rest: outputs(boxes, scores, rest[-1]),
+    reference=reference.soft_nms,
+    cpu="minkernels.soft_nms._cpu:soft_nms",
+    cuda="minkernels.soft_nms._triton:soft_nms",
+)
+_matrix_nms = define(
+    "matrix_nms",
+    "(Tensor boxes, Tensor scores, Tensor? class_ids, str method, float sigma, float min_score, int max_output)"
+    " -> (Tensor indices, Tensor scores, Tensor counts)",
+    fake=lambda boxes, scores, *rest: outputs(boxes, scores, rest[-1]),
+    reference=reference.matrix_nms,
+    cpu="minkernels.soft_nms._cpu:matrix_nms",
+    cuda="minkernels.soft_nms._triton:matrix_nms",
+)

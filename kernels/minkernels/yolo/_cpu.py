@@ -1,0 +1,21 @@
+"""How yolo_detect is fast on a CPU: csrc/ops/cpu/yolo.cpp finds and decodes the candidates, NMS takes over."""
+
+import torch
+
+from minkernels.nms import _cpu as nms
+from minkernels.yolo._options import Options, arithmetic, outputs
+
+HEADS = {"v1": 0, "v1-planar": 1, "v8": 2, "v8-probs": 2}  # csrc/ops/cpu/yolo.h
+_candidates = torch.ops.minkernels._yolo_candidates.default
+_detections = torch.ops.minkernels._yolo_detections.default
+
+
+def detect(pred, *options):
+    x = Options(*options)
+    pred = pred if x.head.startswith("v8") else pred.contiguous()
+    numbers = HEADS[x.head], x.boxes_per_cell, x.num_classes, x.height, x.width, x.sqrt_wh
+    boxes, scores, classes = _candidates(pred, *numbers, x.least(arithmetic(pred)), x.multi_label, x.max_candidates)
+    indices, counts, _ = nms.nms_padded(boxes, scores, None if x.class_agnostic else classes, x.iou_threshold, None, x.max_output, False)
+    *results, out_counts = outputs(pred, x.max_output)
+    _detections(boxes, scores, classes, indices, x.logits, *results)
+    return *results, out_counts.copy_(counts)

@@ -1,0 +1,120 @@
+"""Detections from a YOLO head's raw output: what it promises."""
+
+from torch import Tensor
+
+from minkernels._checks import check_floats, check_int, check_number
+from minkernels._library import define
+from minkernels.soft_nms.ops import check_max_output, check_unit
+from minkernels.yolo import reference
+from minkernels.yolo._options import SCHEMA, Detections, Options, outputs
+
+HEADS = "v1", "v1-planar", "v8", "v8-probs"
+
+
+def yolo_detect(
+    pred: Tensor,
+    *,
+    head: str,
+    boxes_per_cell: int = 2,
+    num_classes: int,
+    image_size: int | float | tuple | list | None = None,
+    sqrt_wh: bool = True,
+    score_threshold: float,
+    iou_threshold: float,
+    max_output: int,
+    class_agnostic: bool = False,
+    multi_label: bool = False,
+    max_candidates: int = 30000,
+) -> Detections:
+    """The detections of every image of a batch, from a YOLO head's raw output: filter, decode and NMS for each class, with no loop over
+    images and, on a GPU, no host synchronisation.
+
+    Shapes: B images, C = num_classes, K = max_output; S x S cells with Bx = boxes_per_cell boxes each; A anchors.
+    Args:
+        pred: float16, bfloat16, float32, or float64 (CPU only); any strides; never changed. By head:
+            "v1": (B, S, S, 5 Bx + C), row, column: in a cell Bx times (x, y, w, h, confidence), then the C class probabilities.
+            "v1-planar": (B, S S (5 Bx + C)) or with more dimensions after B, as darknet has it: the class probabilities of all cells
+                (S S, C), then the confidences (S S, Bx), then the boxes (S S, Bx, 4) as x, y, w, h.
+                Of both: x and y are the centre's place in its cell, 0 to 1; w and h are parts of the image, or their square roots. The
+                score of a class is confidence * probability.
+            "v8": (B, 4 + C, A), a box as cx, cy, w, h in pixels, then C class logits.
+            "v8-probs": the same with class probabilities, as the heads that Ultralytics exports give them.
+        boxes_per_cell, image_size, sqrt_wh: of the v1 heads. image_size: pixels, one number or (height, width); the v8 heads, whose boxes
+            are in pixels, do without. sqrt_wh: w and h are square roots.
+        score_threshold: 0 to 1; a class passes if its score is above. Logits are compared with the threshold's logit: a sigmoid is computed
+            for what is returned alone.
+        iou_threshold: 0 to 1; a box goes when its IoU with a kept one (of its class) is above.
+        max_output: K, at least 1: detections of an image, over all classes.
+        class_agnostic: boxes suppress each other whatever their classes.
+        multi_label: every class of a box that passes is a candidate, not only its best one (of equal ones the first).
+        max_candidates: at least 1; of an image's candidates only so many of the highest scores (of equal ones the first, in the order of
+            cells or anchors, then boxes, then classes) are decoded. It bounds the memory of multi_label.
+    Returns: Detections(boxes (B, K, 4) as x1, y1, x2, y2 in pixels, not clipped to the image; scores (B, K); classes (B, K) int64; counts
+        (B,) int64) by descending score; behind the last one boxes and scores are 0, classes -1. float32, or float64 for float64. No
+        gradient: an input that requires one is detached. A class whose score is NaN does not pass; a box with a NaN is dropped. Which
+        boxes are returned, and their coordinates, has the same bits on every device; a sigmoid is rounded once from float64.
+    Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes.
+    Source: You Only Look Once, Redmon et al. 2016, arXiv:1506.02640, section 2; darknet's detection_layer.c for the planar layout.
+    """
+    check_floats("pred", pred)
+    if head not in HEADS:
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
+    for name, n in (("boxes_per_cell", boxes_per_cell), ("num_classes", num_classes), ("max_candidates", max_candidates)):
+        check_int(name, n)
+        if n < 1:
+            raise ValueError(f"{name} must be at least 1, got {n}")
+    check_max_output(max_output)
+    check_unit("score_threshold", score_threshold)
+    check_unit("iou_threshold", iou_threshold)
+    for name, flag in (("sqrt_wh", sqrt_wh), ("class_agnostic", class_agnostic), ("multi_label", multi_label)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {flag!r}")
+    height, width = _image_size(image_size, head)
+    pred = _check_shape(pred.detach(), head, boxes_per_cell, num_classes)
+    thresholds = float(score_threshold), float(iou_threshold)
+    options = height, width, sqrt_wh, *thresholds, max_output, class_agnostic, multi_label, max_candidates
+    return Detections(*_detect(pred, head, boxes_per_cell, num_classes, *options))
+
+
+def _image_size(image_size, head):
+    if image_size is None:
+        if head.startswith("v1"):
+            raise ValueError(f"image_size must be given for head {head!r}: its boxes are parts of the image")
+        return 1.0, 1.0
+    both = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(both) != 2:
+        raise ValueError(f"image_size must be a number or (height, width), got {image_size!r}")
+    for n in both:
+        check_number("image_size", n)
+        if n <= 0:
+            raise ValueError(f"image_size must be positive, got {image_size!r}")
+    return float(both[0]), float(both[1])
+
+
+def _check_shape(pred, head, boxes_per_cell, num_classes):
+    """As the operator takes it: (B, S, S, 5 Bx + C), (B, S S (5 Bx + C)) or (B, 4 + C, A)."""
+    shape, cell = tuple(pred.shape), 5 * boxes_per_cell + num_classes
+    of_cell = f"5 * boxes_per_cell + num_classes = {cell} values"
+    if head == "v1":
+        if pred.dim() != 4 or pred.shape[1] != pred.shape[2] or pred.shape[3] != cell:
+            raise ValueError(f"pred of head 'v1' must be (B, S, S, {cell}): {of_cell} a cell, got {shape}")
+        return pred
+    if head == "v1-planar":
+        if pred.dim() > 2:
+            pred = pred.flatten(1)
+        if pred.dim() != 2 or pred.shape[1] != round((pred.shape[1] // cell) ** 0.5) ** 2 * cell:  # isqrt() cannot be traced
+            raise ValueError(f"pred of head 'v1-planar' must be (B, S * S * {cell}): {of_cell} a cell, got {shape}")
+        return pred
+    if pred.dim() != 3 or pred.shape[1] != 4 + num_classes:
+        raise ValueError(f"pred of head {head!r} must be (B, {4 + num_classes}, A): 4 + num_classes channels, got {shape}")
+    return pred
+
+
+_detect = define(
+    "yolo_detect",
+    f"(Tensor pred, {SCHEMA}) -> (Tensor boxes, Tensor scores, Tensor classes, Tensor counts)",
+    fake=lambda pred, *options: outputs(pred, Options(*options).max_output),
+    reference=reference.detect,
+    cpu="minkernels.yolo._cpu:detect",
+    cuda="minkernels.yolo._triton:detect",
+)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from minkernels import yolo_detect
 from minmodels import UserError, files
 from minmodels.data import images
 from minmodels.data.detection import Scene
@@ -43,6 +44,21 @@ def detect(
         part.write_text(json.dumps(results, indent=1))
         os.replace(part, listing)
     return results
+
+
+def find(
+    model: YOLO, x: Tensor, *, score_threshold: float, iou_threshold: float = 0.5, multi_label: bool = False
+) -> list[dict[str, Tensor]]:
+    """(N, channels, side, side) -> a dict for each image: boxes (D, 4) x1 y1 x2 y2 in pixels of x and inside it, scores (D,), classes (D,),
+    the highest scores first, at most 100."""
+    c = model.config
+    found = yolo_detect(
+        model(x).float(), head="v1", boxes_per_cell=c.boxes, num_classes=c.classes, image_size=c.side, score_threshold=score_threshold,
+        iou_threshold=iou_threshold, max_output=100, multi_label=multi_label,
+    )  # fmt: skip
+    boxes = found.boxes.clamp(0, c.side)
+    counts = found.counts.tolist()
+    return [{"boxes": boxes[i, :n], "scores": found.scores[i, :n], "classes": found.classes[i, :n]} for i, n in enumerate(counts)]
 
 
 def predicted(model: YOLO, image: np.ndarray, **thresholds) -> dict[str, Tensor]:
@@ -95,35 +111,3 @@ def _corners(box, zoom, size):
     """Pixels inside the picture, in order."""
     x1, y1, x2, y2 = (min(max(v * zoom, 0), size[i % 2] - 1) for i, v in enumerate(box))
     return x1, y1, max(x1, x2), max(y1, y2)
-
-
-def find(model: YOLO, x: Tensor, *, score_threshold: float, iou_threshold: float = 0.5, multi_label: bool = False) -> list[dict[str, Tensor]]:
-    """(N, channels, side, side) -> a dict for each image: boxes (D, 4) x1 y1 x2 y2 in pixels of x, scores (D,), classes (D,), best first."""
-    max_output = 100  # to be replaced by yolo_detect
-    pred, B = model(x).float(), model.config.boxes
-    N, K = pred.shape[:2]
-    box, conf = pred[..., : 5 * B].unflatten(-1, (B, 5)).split((4, 1), -1)
-    cell = torch.arange(K, device=x.device)
-    cx = (box[..., 0] + cell[None, None, :, None]) / K
-    cy = (box[..., 1] + cell[None, :, None, None]) / K
-    w, h = box[..., 2].square(), box[..., 3].square()
-    xyxy = (torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), -1) * model.config.side).view(N, -1, 4)
-    score = (conf * pred[..., None, 5 * B :]).reshape(N, K * K * B, -1)
-    results = []
-    for b, s in zip(xyxy, score):
-        keep_all = []
-        for c in range(s.shape[-1]):
-            idx = (s[:, c] > score_threshold).nonzero()[:, 0]
-            idx = idx[s[idx, c].argsort(descending=True)]
-            while len(idx):
-                i, idx = idx[0], idx[1:]
-                keep_all.append((s[i, c].item(), c, i.item()))
-                lt, rb = torch.maximum(b[i, :2], b[idx, :2]), torch.minimum(b[i, 2:], b[idx, 2:])
-                inter = (rb - lt).clamp(min=0).prod(-1)
-                iou = inter / ((b[i, 2:] - b[i, :2]).prod() + (b[idx, 2:] - b[idx, :2]).prod(-1) - inter)
-                idx = idx[~(iou > iou_threshold)]
-        keep_all.sort(reverse=True)
-        keep_all = keep_all[:max_output]
-        ids = torch.tensor([k[2] for k in keep_all], dtype=torch.long)
-        results.append({"boxes": b[ids], "scores": torch.tensor([k[0] for k in keep_all]), "classes": torch.tensor([k[1] for k in keep_all], dtype=torch.long)})
-    return results

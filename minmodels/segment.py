@@ -77,7 +77,8 @@ def colours(mask: np.ndarray, classes: int) -> np.ndarray:
 
 
 def agreement(example: Example, mask: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image, and on it in the colours of AGREES what was found and is so, was found and is not, is and was not found."""
+    """(H, W, 3) uint8: the image, and on it in the colours of AGREES what was found and is so, what was found and is not, what is and was
+    not found."""
     truth = example.mask
     kind = np.where(mask == truth, 0, np.where(mask > 0, 1, 2))
     return _tinted(example.image, (mask > 0) | (truth > 0), np.array(list(AGREES.values()), np.uint8)[kind])

@@ -8,11 +8,10 @@ import torch.nn.functional as F
 pytest.importorskip("PIL")  # of the extra "models"
 from importlib.metadata import PackageNotFoundError, distribution
 
-from vision_cases import squares
-
 from minmodels import UserError, minunet
 from minmodels.data import images, masks
 from minmodels.minunet import UNet, UNetConfig
+from vision_cases import squares
 
 
 def plain_bce_dice(logits, target):
@@ -108,7 +107,8 @@ def test_crops_are_parts_of_the_image_and_of_its_mask_alike(crop):
     values = (x[:, 0].double() * pixels.std() + pixels.mean()).round()
     assert torch.equal((values % 7 < 3).to(torch.uint8), y)
     if crop < 40:
-        steps = {(abs(int(a)), abs(int(b))) for a, b in zip(values[:, 0, 1] - values[:, 0, 0], values[:, 1, 0] - values[:, 0, 0], strict=True)}
+        right, down = ((v - values[:, 0, 0]).abs().int().tolist() for v in (values[:, 0, 1], values[:, 1, 0]))
+        steps = set(zip(right, down, strict=True))
         assert steps == {(1, 50), (50, 1)} and len({int(v) for v in values[:, 0, 0]}) > 10  # turned, and from many places
 
 

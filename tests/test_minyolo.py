@@ -8,11 +8,10 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")  # of the extra "models"
-from vision_cases import shapes
-
 from minmodels import UserError, detect, minyolo
 from minmodels.data import detection, digits, images
 from minmodels.minyolo import YOLO, YOLOConfig, encode, yolo_loss
+from vision_cases import shapes
 
 
 def iou(a, b):
@@ -206,7 +205,7 @@ def test_coco_and_yolo_folders_hold_the_same(tmp_path):
     for a, b in zip(from_yolo.scenes, from_coco.scenes, strict=True):
         assert np.array_equal(a.image, b.image) and a.classes.tolist() == b.classes.tolist() == [0, 1]
         torch.testing.assert_close(a.boxes, b.boxes, atol=1e-4, rtol=0)
-        for x1, y1, x2, y2 in a.boxes.round().int().tolist():
+        for x1, y1, _, y2 in a.boxes.round().int().tolist():
             assert a.image[y1 + 1 : y2 - 1, x1 + 1].min() > 90  # the left side of both is bright, and halved
 
 

@@ -35,12 +35,12 @@ def shapes(folder, count=6, side=64):
         image = rng.integers(0, 30, (side, side, 3)).astype(np.uint8)
         lines = []
         for kind, (x0, y0) in enumerate(((0, 0), (side // 2, side // 2))):
-            x, y = rng.integers(0, side // 2 - 20, 2) + (x0, y0)
+            x, y = (start + int(rng.integers(side // 2 - 20)) for start in (x0, y0))
             image[y : y + 16, x : x + 20] = 230
             if kind:
                 image[y + 4 : y + 12, x + 4 : x + 16] = 10
             lines.append(f"{kind} {(x + 10) / side} {(y + 8) / side} {20 / side} {16 / side}\n")
-            box = [int(x), int(y), 20, 16]
+            box = [x, y, 20, 16]
             coco["annotations"].append(
                 {"id": len(coco["annotations"]), "image_id": i, "category_id": (3, 7)[kind], "bbox": box, "area": 320, "iscrowd": 0}
             )

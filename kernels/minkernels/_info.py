@@ -62,6 +62,7 @@ def info() -> Info:
         missing.append("Triton, which the GPU kernels need: pip install triton")
     cuda = f"Triton {triton}" if triton else "none: no Triton"
     devices = {"CPU": cpu, "CUDA": cuda + ("" if gpus else ", once there is a device")}
+    ops = "attention", "boxes", "cross_entropy", "linear_cross_entropy", "nms", "segmentation", "soft_nms", "yolo"
     return Info(
         version=minkernels.__version__,
         python=platform.python_version(),
@@ -74,7 +75,7 @@ def info() -> Info:
         gpus=gpus,
         library=reason or f"{_library.PATH} ({torch.ops.minkernels._build_info()})",
         host=host.origin if host else f"not built for this Python: pip install pybind11, then {_library.BUILD}",
-        backends=dict.fromkeys(("attention", "boxes", "cross_entropy", "linear_cross_entropy", "nms", "segmentation", "soft_nms", "yolo"), devices),
+        backends=dict.fromkeys(ops, devices),
         missing=tuple(missing),
     )
 

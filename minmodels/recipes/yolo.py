@@ -41,7 +41,7 @@ class YOLORecipe(Recipe):
             part = self.scenes.heldout[i : i + 64]
             x, boxes, classes = (move(t) for t in self._tensors(part))
             loss += model(x, boxes, classes).item() * len(part) / len(self.scenes.heldout)
-            found += find(model, x, score_threshold=0.005)
+            found += find(model, x, score_threshold=0.005, multi_label=True)
             truth += [{"boxes": scene.boxes, "classes": scene.classes} for scene in part]
         self.ap = coco_ap(truth, found)
         voc = voc_ap(truth, found, inclusive=False).mean

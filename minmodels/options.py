@@ -33,7 +33,7 @@ class TrainOptions:
     accumulate: int = _option(1, "batches in one optimizer step", "N")
     lr: float = _option(0.01, "peak learning rate", "X")
     warmup: int = _option(20, "steps in which the learning rate rises, before it falls along a cosine to 0", "N")
-    weight_decay: float = _option(0.0, "of the matrices, but for embeddings (default: 0)", "X", zero=True)
+    weight_decay: float = _option(0.0, "of the matrices, but for embeddings", "X", zero=True)
     clip: float = _option(1.0, "largest norm of the gradient", "X")
 
 

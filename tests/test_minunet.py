@@ -86,6 +86,8 @@ def test_bad_configs_are_named():
         UNetConfig(width=0)
     with pytest.raises(ValueError, match="classes must be a positive int, got True"):
         UNetConfig(classes=True)
+    with pytest.raises(ValueError, match="classes must be at most 256, the values of a byte, got 257"):
+        UNetConfig(classes=257)
 
 
 def test_a_folder_of_images_and_masks(tmp_path):

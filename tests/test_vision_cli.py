@@ -106,6 +106,25 @@ def test_minyolo_learns_and_detects(tmp_path, capsys):
     assert run("detect", one, "--checkpoint", out, "--out", found, "--score", 1) == 0 and capsys.readouterr().out == "3: nothing\n"
 
 
+@pytest.mark.parametrize("model", TINY)
+def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(model, tmp_path, monkeypatch, capsys):
+    assert tiny(model, data(model, tmp_path / "data"), tmp_path / "run", "--steps", 1) == 0
+    saved = []
+
+    def full(self, path, *args, **kwargs):
+        if saved:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path, *args, **kwargs)
+
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", full)
+    capsys.readouterr()
+    status = run(USES[model], tmp_path / "data" / "images", "--checkpoint", tmp_path / "run", "--out", tmp_path / "found")
+    fails(capsys, status, r"cannot write .*: No space left on device")
+    assert os.listdir(tmp_path / "found") == [saved[0].name]
+
+
 def fails(capsys, status, message):
     assert status == 2
     err = capsys.readouterr().err
@@ -231,6 +250,7 @@ def test_images_that_cannot_be_used(model, tmp_path, capsys):
 BAD_OPTIONS = {
     "train unet --images .": "error: --images and --masks go together",
     "train unet --depth 5 --crop 32 --images . --masks .": "error: --crop 32 is too small to be halved 5 times: at least 64",
+    "train unet --classes 257": "error: --classes 257: a mask has at most 256",
     "train yolo --coco x.json": "error: --coco and --images go together",
     "train yolo --yolo . --images .": "error: --yolo takes a folder of its own, without --coco and --images",
     "train yolo --yolo nowhere": "nowhere/images is no folder",

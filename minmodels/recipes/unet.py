@@ -20,6 +20,8 @@ class UNetRecipe(Recipe):
             raise UserError("--images and --masks go together")
         if options.crop < 2 << options.depth:
             raise UserError(f"--crop {options.crop} is too small to be halved {options.depth} times: at least {2 << options.depth}")
+        if options.classes > 256:
+            raise UserError(f"--classes {options.classes}: a mask has at most 256, the values of a byte")
         if options.images:
             self.masks = masks.load(options.images, options.masks, options.classes, options.skip_corrupt)
         else:

@@ -51,8 +51,9 @@ class Scenes:
 
     @property
     def about(self) -> str:
-        counts = (f"{len(part)} images with {sum(len(scene.boxes) for scene in part)} boxes" for part in (self.train, self.heldout))
-        return f"{self.name}: {', '.join(counts)} held out, {len(self.names)} classes"
+        boxes = (sum(len(scene.boxes) for scene in part) for part in (self.train, self.heldout))
+        counts = f"{len(self.train)} and {len(self.heldout)} held-out images with {next(boxes)} and {next(boxes)} boxes"
+        return f"{self.name}: {counts} of {len(self.names)} classes"
 
     def batch(self, count: int, generator: torch.Generator) -> list[Scene]:
         picked = torch.randint(len(self.train), (count,), generator=generator).tolist()

@@ -67,6 +67,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("segmentation", ["bench/bench_segmentation.py"], 30, 60),
         bench("boxes", ["bench/bench_boxes.py"], 30, 60),
         bench("mingpt", ["bench/bench_mingpt.py"], 30, 60),
+        bench("vision", ["bench/bench_models_vision.py"], 30, 60),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry_run:

@@ -66,6 +66,9 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("attention-decode", ["bench/bench_attention.py::bench_decode"], 20, 30),
         bench("segmentation", ["bench/bench_segmentation.py"], 30, 60),
         bench("boxes", ["bench/bench_boxes.py"], 30, 60),
+        bench("nms", ["bench/bench_nms.py"], 30, 60),
+        bench("yolo", ["bench/bench_yolo.py"], 20, 60),
+        bench("soft-nms", ["bench/bench_soft_nms.py"], 20, 60),
         bench("mingpt", ["bench/bench_mingpt.py"], 30, 60),
         bench("vision", ["bench/bench_models_vision.py"], 30, 60),
     ]

@@ -93,7 +93,7 @@ def figure(model: YOLO, scenes: list[Scene], names: list[str], *, score: float =
     columns = min(3, len(scenes))
     rows = -(-len(scenes) // columns)
     plot = Figure(figsize=(4 * columns, 4 * rows), dpi=120, layout="constrained")
-    grid = plot.subplots(rows, columns, squeeze=False).flat
+    grid = plot.subplots(rows, columns, squeeze=False).ravel()
     for ax in grid:
         ax.set_axis_off()
     for ax, scene in zip(grid, scenes, strict=False):

@@ -2,6 +2,7 @@
 the target's limit, and a device assert that is really there."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from minkernels.attention._options import Options  # noqa: E402
 from minkernels.boxes import _triton as boxes  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
 from minkernels.cross_entropy._options import Options as SoftmaxOptions  # noqa: E402
+from minkernels.nms import _triton as nms  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
+from minkernels.soft_nms import _triton as soft_nms  # noqa: E402
+from minkernels.yolo import _triton as yolo  # noqa: E402
+from minkernels.yolo._options import Options as YoloOptions  # noqa: E402
 
 EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
 TARGETS = aot.ALL_TARGETS if EVERY else aot.TARGETS
@@ -211,7 +216,7 @@ def test_box_pairs(target, kind, tmp_path):
             boxes.pairs_fwd(a, b, kind, "cxcywh", 1e-7)
             boxes.pairs_bwd(dout, a, b, kind, "cxcywh", 1e-7, True, True)
         check(kernels, target, tmp_path, torch.float32, ["_pairs_kernel"] + ["_pairs_grad_kernel"] * 2)
-        check_exact(kernels[0])
+        check_not_contracted(kernels[0])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -220,7 +225,7 @@ def test_iou_match(target, tmp_path):
         boxes.match(torch.empty(2, 9000, 4), torch.empty(2, 100, 4), "xyxy")
     check(kernels, target, tmp_path, torch.float32, ["_match_kernel"] * 2)
     for kernel in kernels:
-        check_exact(kernel)
+        check_not_contracted(kernel)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -234,8 +239,68 @@ def test_iou_loss(target, kind, dtype, tmp_path):
     check(kernels, target, tmp_path, dtype, ["_loss_kernel", "_loss_grad_kernel"])
 
 
-def check_exact(kernel):
+def check_not_contracted(kernel):
     """That nothing is contracted can only be read off PTX; the divisions' own refinement is in a subroutine, or in AMD's instructions."""
     if "ptx" in kernel.asm:
         assert "div.rn.f32" in kernel.asm["ptx"] and "div.full" not in kernel.asm["ptx"]
         assert "fma.rn" not in kernel.asm["ptx"], f"{kernel.metadata.name} contracts"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("classes, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["one-class", "classes"])
+def test_nms(target, classes, dtype, tmp_path):
+    """The quotient that decides is rounded as IEEE has it, and no product is contracted with a sum; the first kernel alone sees dtypes."""
+    boxes, scores = torch.empty(2, nms.TILE + 1, 4, dtype=dtype), torch.zeros(2, nms.TILE + 1, dtype=dtype)
+    ids = torch.zeros(2, nms.TILE + 1, dtype=torch.int64) if classes else None
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        nms.nms_padded(boxes, scores, ids, 0.5, 0.1, 300, True)
+    names = ["_rank_kernel", "_resolve_kernel", "_push_kernel", "_resolve_kernel", "_suppressor_kernel"]
+    check(kernels, target, tmp_path, dtype, names)
+    assert len(names) == nms.launches(nms.TILE + 1, True)
+    for kernel in kernels:
+        if "ptx" in kernel.asm:
+            assert not re.search(r"\bfma\.", kernel.asm["ptx"]), f"{kernel.metadata.name} contracts"
+            assert ("div.rn.f32" in kernel.asm["ptx"]) == (kernel.metadata.name in ("_resolve_kernel", "_push_kernel"))
+            assert not re.search(r"div\.(full|approx)", kernel.asm["ptx"])
+
+
+def check_exact(kernels, divides=()):
+    """No product is contracted with a sum; quotients that decide are rounded as IEEE has it."""
+    for kernel in kernels:
+        if "ptx" in kernel.asm:
+            assert not re.search(r"\bfma\.\w+\.f32", kernel.asm["ptx"]), f"{kernel.metadata.name} contracts"
+            assert not re.search(r"div\.(full|approx)", kernel.asm["ptx"])
+            assert ("div.rn.f32" in kernel.asm["ptx"]) == (kernel.metadata.name in divides)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("method, classes", [("linear", False), ("gaussian", True)], ids=["linear", "gaussian-classes"])
+def test_soft_nms(target, method, classes, tmp_path):
+    N = soft_nms.BLOCK + 1
+    boxes, scores = torch.empty(2, N, 4), torch.zeros(2, N)
+    ids = torch.zeros(2, N, dtype=torch.int64) if classes else None
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        soft_nms.soft_nms(boxes, scores, ids, method, 0.3, 0.5, 0.01, 300)
+        soft_nms.matrix_nms(boxes, scores, ids, method, 2.0, 0.01, 300)
+    names = ["_soft_kernel", "_matrix_kernel", "_matrix_kernel"]
+    check(kernels, target, tmp_path, torch.float32, names)
+    check_exact(kernels, names)
+
+
+NMS = "_rank_kernel", "_resolve_kernel", "_push_kernel"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head, dtype", [("v8", torch.bfloat16), ("v1", torch.float32)] + [("v8", torch.float32)] * EVERY, ids=str)
+def test_yolo(target, head, dtype, tmp_path):
+    """Best classes, all of which enter; and all classes, more than enter: what is launched in both, and the NMS in between."""
+    pred = torch.zeros((2, 84, 8400) if head == "v8" else (2, 7, 7, 90), dtype=dtype)
+    for multi_label in (False, True):
+        x = YoloOptions(head, 2, 80, 640.0, 640.0, True, 0.25, 0.45, 300, False, multi_label, 30000 if head == "v8" else 500)
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            yolo.detect(pred, *x)
+        own = [kernel for kernel in kernels if kernel.metadata.name not in NMS]
+        choice = ["_count_kernel", *["_histogram_kernel", "_digit_kernel"] * 3, "_count_kernel", "_write_kernel"]
+        first = choice if multi_label else ["_best_kernel"]
+        check(own, target, tmp_path, dtype, [*first, "_candidate_kernel", "_result_kernel"])
+        check_exact(own, ["_candidate_kernel"] if head == "v1" else [])

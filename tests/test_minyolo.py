@@ -156,11 +156,11 @@ def test_find_gives_back_what_the_targets_say(device):
 
 @pytest.fixture
 def sheet(tmp_path, monkeypatch):
-    """50 digits in the format of scikit-learn's file, as the only source: digit i is ink of value i // 10 + 7 in an h x w block."""
+    """50 digits in the format of scikit-learn's file, as the only source: digit i is ink of value i // 10 + 9 in an h x w block."""
     rows = []
     for i in range(50):
         digit = np.zeros((8, 8), int)
-        digit[1 : 4 + i % 4, 2 : 4 + i % 3] = i // 10 + 7
+        digit[1 : 4 + i % 4, 2 : 4 + i % 3] = i // 10 + 9
         rows.append([*digit.flatten(), i % 10])
     path = tmp_path / "digits.csv.gz"
     path.write_bytes(gzip.compress("\n".join(",".join(map(str, row)) for row in rows).encode()))

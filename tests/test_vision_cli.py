@@ -58,6 +58,9 @@ def test_resuming_repeats_the_losses_bit_for_bit(model, tmp_path, monkeypatch, c
     assert tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
     assert any(name.endswith("running_var") for name in tensors)
     assert sorted(os.listdir(broken)) == sorted([files.CHECKPOINT, files.METRICS, "loss.png", *PICTURES[model]])
+    for name in PICTURES[model]:
+        pixels = np.asarray(Image.open(broken / name).convert("L"))
+        assert (pixels < 255).mean() > (0.3 if name != "precision_recall.png" else 0.01)  # images, not their empty frames
     capsys.readouterr()
     assert run("eval", model, "--checkpoint", broken) == 0
     assert capsys.readouterr().out.startswith(f"held-out loss {metrics(straight, 'heldout')[-1][1]:.3f}  {scores[0]} ")

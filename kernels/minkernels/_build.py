@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library
 FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
 EXACT = {"nms", "soft_nms", "yolo"}  # sources whose decisions have the same bits everywhere: no product is contracted with a sum
+ARCHES = 80, 90, 100, 120  # of the CUDA kernels, those that the nvcc here knows; the newest as PTX too, for what comes after it
+CUDA_LIBRARIES = "-lcudart_static -ldl -lrt -lpthread"  # static: a library built with CUDA 13 loads beside a torch that has 12, or none
 HERE = Path(__file__).resolve().parent
 HOST = f"_host{sysconfig.get_config_var('EXT_SUFFIX')}"  # the only name under which this Python imports it
 
@@ -60,24 +63,60 @@ def _build(csrc: Path, objects: Path, out: Path, verbose: bool, ninja_file=None,
     return out
 
 
-def _ninja_file(csrc: Path, objects: Path) -> str:
-    import torch
+def nvcc() -> str | None:
+    """The CUDA compiler: in CUDA_HOME, or on the PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home, "bin"))) if home else shutil.which("nvcc")
+
+
+def nvcc_flags(nvcc: str) -> str:
+    known = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    arches = [arch for arch in ARCHES if f"compute_{arch}" in known]
+    if not arches:
+        raise RuntimeError(f"{nvcc} compiles for none of {', '.join(f'sm_{arch}' for arch in ARCHES)}")
+    code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in arches]
+    code.append(f"-gencode arch=compute_{arches[-1]},code=compute_{arches[-1]}")
+    return f"-O3 -std=c++17 -fmad=false -Xcompiler -fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(code)} {_torch_flags()}"
+
+
+def _torch_flags() -> str:
     from torch.utils import cpp_extension
 
-    includes = " ".join(f"-isystem {_escape(path)}" for path in cpp_extension.include_paths())
+    return f"-DTORCH_TARGET_VERSION={TORCH_TARGET} " + " ".join(f"-isystem {_escape(path)}" for path in cpp_extension.include_paths())
+
+
+def link_flags(nvcc: str | None) -> str:
+    from torch.utils import cpp_extension
+
     libraries = " ".join(f"-L{_escape(path)}" for path in cpp_extension.library_paths())
+    flags = f"-shared {libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+    if nvcc is None:
+        return flags
+    dry = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = [line.split("=", 1)[1] for line in dry.splitlines() if line.startswith("#$ LIBRARIES=")]  # it may be a script: it knows best
+    return " ".join([flags, *(_escape(option) for line in found for option in shlex.split(line)), CUDA_LIBRARIES])
+
+
+def _ninja_file(csrc: Path, objects: Path) -> str:
+    import torch
+
+    cuda = nvcc() if torch.version.cuda else None
+    cu = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "ops" / "cuda").glob("*.cu"))] if cuda else []
     cpp = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "ops" / "cpu").glob("*.cpp"))]  # the checkout may move
     return "\n".join([
         f"cxx = {_compiler()}",
-        f"flags = {FLAGS} -DTORCH_TARGET_VERSION={TORCH_TARGET} {includes} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {_torch_flags()} {os.environ.get('CXXFLAGS', '')}",
         "rule compile",
         "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        *([] if cuda is None else ["rule compile_cuda", f"  command = {cuda} {nvcc_flags(cuda)} -MD -MF $out.d -c $in -o $out"]),
+        *([] if cuda is None else ["  depfile = $out.d", "  deps = gcc"]),
         "rule link",
-        f"  command = $cxx -shared $in -o $out {libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10",
+        f"  command = $cxx $in -o $out {link_flags(cuda)}",
         *(f"build {path.stem}.o: compile {_escape(path)}" + "\n  flags = $flags -ffp-contract=off" * (path.stem in EXACT) for path in cpp),
-        f"build _ops.so: link {' '.join(path.stem + '.o' for path in cpp)}",
+        *(f"build {path.stem}_cuda.o: compile_cuda {_escape(path)}" for path in cu),  # nms.cpp and nms.cu have a name in common
+        f"build _ops.so: link {' '.join([path.stem + '.o' for path in cpp] + [path.stem + '_cuda.o' for path in cu])}",
         f"# torch {torch.__version__}",
         "",
     ])

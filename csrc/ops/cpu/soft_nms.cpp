@@ -2,6 +2,7 @@
 #include "soft_nms.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -92,58 +93,82 @@ static void finish(const SoftArgs& a, int64_t image, int64_t count) {
   for (int64_t k = count; k < a.indices.size(1); k++) write<A>(a, image, k, -1, 0);
 }
 
-// A box's score is lowered when its turn comes, by all that were kept since it was looked at last: what lies below the last box that is
-// kept is never looked at.
+// By class, then by descending score, of equal ones the first.
+template <class A>
+static std::vector<int64_t> sorted(const Candidates<A>& x) {
+  std::vector<int64_t> order(x.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+    return x.of[i] != x.of[j] ? x.of[i] < x.of[j] : x.s[i] != x.s[j] ? x.s[i] > x.s[j] : i < j;
+  });
+  return order;
+}
+
+// Boxes of a class, by descending score, go in blocks. A block is lowered by all that its class has kept since it was lowered last, when
+// no other block may hold a higher score: most blocks are never looked at, where few boxes are wanted.
 template <class A>
 static void soft_nms_image(const SoftArgs& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
-  struct Entry {
-    A s;  // at most: kept boxes after the first `done` of its class have not lowered it yet
-    int64_t i;
-    bool operator<(const Entry& o) const { return s < o.s || (s == o.s && i > o.i); }
+  struct Block {
+    int64_t begin, n, group, done;  // places; of the boxes that its class has kept
   };
   Candidates<A> x(a, image);
-  SoftArrays<A> kept(x.size());
-  std::vector<int64_t> kept_counts(x.begins.size() - 1), done(x.size());
-  std::vector<Entry> heap(x.size());
-  for (int64_t i = 0; i < x.size(); i++) heap[i] = {x.s[i], i};
-  std::make_heap(heap.begin(), heap.end());
-  int64_t k = 0;
-  while (k < a.indices.size(1) && !heap.empty()) {
-    std::pop_heap(heap.begin(), heap.end());
-    Entry e = heap.back();
-    heap.pop_back();
-    int64_t group = x.of[e.i];
-    SoftBoxes<A> own = kept.boxes.from(x.begins[group]);
-    SoftBox<A> box = x.box(e.i);
-    A stop = heap.empty() ? A(0) : heap[0].s;
-    e.s = kernels.lower(own, done[e.i], kept_counts[group], box, e.s, stop, A(a.min_score), decay);
-    if (!(e.s > A(a.min_score))) continue;
-    if (!heap.empty() && e < heap[0]) {
-      heap.push_back(e);
-      std::push_heap(heap.begin(), heap.end());
-      continue;
+  std::vector<int64_t> order = sorted(x);
+  std::vector<Block> blocks;
+  int64_t places = 0;
+  for (size_t group = 0; group + 1 < x.begins.size(); group++)
+    for (int64_t i = x.begins[group]; i < x.begins[group + 1]; i += SOFT_BLOCK) {
+      int64_t n = std::min(SOFT_BLOCK, x.begins[group + 1] - i);
+      blocks.push_back({places, n, int64_t(group), 0});
+      places += (n + BOXES_PAD - 1) / BOXES_PAD * BOXES_PAD;
     }
-    own.put(kept_counts[group]++, box);
-    write(a, image, k++, x.number[e.i], e.s);
+  SoftArrays<A> boxes(places);
+  const A gone = -std::numeric_limits<A>::infinity(), least = A(a.min_score);
+  std::vector<A> scores(places + BOXES_PAD, gone), bounds(blocks.size() + BOXES_PAD, gone);
+  std::vector<int64_t> of(places), kept_counts(x.begins.size() - 1);
+  int64_t n_blocks = int64_t(blocks.size()), at = 0, count = 0;
+  for (int64_t b = 0; b < n_blocks; b++) {
+    for (int64_t p = blocks[b].begin; p < blocks[b].begin + blocks[b].n; p++, at++)
+      boxes.boxes.put(p, x.box(order[at])), scores[p] = x.s[order[at]], of[p] = order[at];
+    bounds[b] = scores[blocks[b].begin];
   }
-  finish<A>(a, image, k);
+  std::vector<SoftBox<A>> kept(x.size());
+  while (count < a.indices.size(1)) {
+    A top = kernels.largest(bounds.data(), n_blocks);
+    if (!(top > least)) break;
+    int64_t place = -1, block = 0;
+    for (int64_t b = 0; (b = kernels.find(bounds.data(), n_blocks, b, top)) < n_blocks; b++) {
+      Block& own = blocks[b];
+      int64_t n_kept = kept_counts[own.group];
+      if (own.done < n_kept) {
+        bounds[b] = kernels.lower(boxes.boxes.from(own.begin), scores.data() + own.begin, own.n, &kept[x.begins[own.group] + own.done],
+                                  n_kept - own.done, least, decay);
+        own.done = n_kept;
+        if (bounds[b] != top) continue;
+      }
+      const A* s = scores.data() + own.begin;
+      for (int64_t i = 0; (i = kernels.find(s, own.n, i, top)) < own.n; i++)
+        if (place < 0 || of[own.begin + i] < of[place]) place = own.begin + i, block = b;
+    }
+    if (place < 0) continue;  // all that might have been the highest were lowered
+    Block& own = blocks[block];
+    scores[place] = gone;
+    kept[x.begins[own.group] + kept_counts[own.group]++] = boxes.boxes.at(place);
+    write(a, image, count++, x.number[of[place]], top);
+  }
+  finish<A>(a, image, count);
 }
 
 template <class A>
 static void matrix_nms_image(const SoftArgs& a, int64_t image, const Decay<A>& decay, const SoftNMSKernels<A>& kernels) {
   Candidates<A> x(a, image);
   int64_t n = x.size();
-  std::vector<int64_t> order(n);
-  std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-    return x.of[i] != x.of[j] ? x.of[i] < x.of[j] : x.s[i] != x.s[j] ? x.s[i] > x.s[j] : i < j;
-  });
-  SoftArrays<A> sorted(n);
+  std::vector<int64_t> order = sorted(x);
+  SoftArrays<A> arrays(n);
   std::vector<A> scores(n), c(n + BOXES_PAD);
-  for (int64_t i = 0; i < n; i++) sorted.boxes.put(i, x.box(order[i])), scores[i] = x.s[order[i]];
+  for (int64_t i = 0; i < n; i++) arrays.boxes.put(i, x.box(order[i])), scores[i] = x.s[order[i]];
   for (size_t group = 0; group + 1 < x.begins.size(); group++) {
     int64_t first = x.begins[group];
-    kernels.matrix(sorted.boxes.from(first), x.begins[group + 1] - first, scores.data() + first, c.data(), decay);
+    kernels.matrix(arrays.boxes.from(first), x.begins[group + 1] - first, scores.data() + first, c.data(), decay);
   }
   for (int64_t i = 0; i < n; i++) x.s[order[i]] = scores[i];
   order.clear();

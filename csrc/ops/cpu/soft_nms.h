@@ -26,11 +26,16 @@ struct Decay {
   A threshold, factor;  // the linear one's; of IoU**2 in the exponent
 };
 
+constexpr int64_t SOFT_BLOCK = 128;  // boxes of a class that are lowered together
+
 template <class A>
 struct SoftNMSKernels {
-  // Multiplies s by the weight of each kept box in turn, from `done` to n, which `done` counts up. Stops early where s falls below stop,
-  // or is not above least.
-  A (*lower)(const SoftBoxes<A>& kept, int64_t& done, int64_t n, const SoftBox<A>& box, A s, A stop, A least, const Decay<A>&);
+  // Multiplies the scores of n boxes by their weights under each of the kept ones in turn; -inf where a score is no longer above least.
+  // Returns the largest. Scores and boxes go on to a multiple of BOXES_PAD: boxes with a score of -inf.
+  A (*lower)(const SoftBoxes<A>& boxes, A* scores, int64_t n, const SoftBox<A>* kept, int64_t n_kept, A least, const Decay<A>&);
+  // Of n numbers, and BOXES_PAD more that do not count: the largest; the first from i on that is equal to x, or n.
+  A (*largest)(const A* numbers, int64_t n);
+  int64_t (*find)(const A* numbers, int64_t n, int64_t i, A x);
   // boxes: n of one class, by descending score; multiplies each score by its weight. c: n + BOXES_PAD elements, for use here.
   void (*matrix)(const SoftBoxes<A>& boxes, int64_t n, A* scores, A* c, const Decay<A>&);
 };

@@ -75,33 +75,52 @@ INLINE vec<A> exp_of_minus(vec<A> u) {
 }
 
 template <class A>
-static A lower(const SoftBoxes<A>& kept, int64_t& done, int64_t n, const SoftBox<A>& box, A s, A stop, A least, const Decay<A>& d) {
+static A largest(const A* numbers, int64_t n) {
   constexpr int L = vector<A>::lanes;
-  while (done < n) {
-    int64_t i = done;
-    Overlap<A> o = overlap(kept, i, box);
-    uint32_t bits = n - i < L ? o.bits & ((1u << (n - i)) - 1) : o.bits;
-    done = min(n, i + L);
-    if (!bits) continue;
-    vec<A> x = iou(o, kept, i, box), w;
-    if (d.gaussian) {
-      w = exp_of_minus<A>(x * x * d.factor);
-    } else {
-      bits &= lane_bits(x > d.threshold);
-      w = 1 - x;
-    }
-    A weights[L];
-    store(weights, w);
-    for (; bits; bits &= bits - 1) {
-      int lane = __builtin_ctz(bits);
-      s *= weights[lane];
-      if (s < stop || !(s > least)) {
-        done = i + lane + 1;
-        return s;
-      }
-    }
+  vec<A> m = splat(A(-__builtin_inf()));
+  int64_t i = 0;
+  for (; i + L <= n; i += L) m = max(load(numbers + i), m);
+  A top = fold_max<A>(m);
+  for (; i < n; i++) top = numbers[i] > top ? numbers[i] : top;
+  return top;
+}
+
+template <class A>
+static int64_t find(const A* numbers, int64_t n, int64_t i, A x) {
+  constexpr int L = vector<A>::lanes;
+  for (; i < n; i += L) {
+    uint32_t bits = lane_bits(load(numbers + i) == x);
+    if (bits) return min(n, i + __builtin_ctz(bits));
   }
-  return s;
+  return n;
+}
+
+template <class A>
+static A lower(const SoftBoxes<A>& boxes, A* scores, int64_t n, const SoftBox<A>* kept, int64_t n_kept, A least, const Decay<A>& d) {
+  constexpr int L = vector<A>::lanes;
+  const vec<A> gone = splat(A(-__builtin_inf()));
+  vec<A> most = gone;
+  for (int64_t i = 0; i < n; i += L) {
+    vec<A> s = load(scores + i);
+    for (int64_t k = 0; k < n_kept; k++) {
+      Overlap<A> o = overlap(boxes, i, kept[k]);
+      if (!o.bits) continue;
+      vec<A> x = iou(o, boxes, i, kept[k]);
+      auto lowers = smaller(o.w, o.h) > 0;
+      vec<A> w;
+      if (d.gaussian) {
+        w = exp_of_minus<A>(x * x * d.factor);
+      } else {
+        lowers &= x > d.threshold;
+        w = 1 - x;
+      }
+      s = lowers ? s * w : s;
+    }
+    s = s > least ? s : gone;
+    store(scores + i, s);
+    most = max(s, most);
+  }
+  return fold_max<A>(most);
 }
 
 // Row by row, and c of every box above is known: one pass over the pairs. Lanes from j on are no boxes above: c of them is such that
@@ -133,5 +152,5 @@ static void matrix(const SoftBoxes<A>& b, int64_t n, A* scores, A* c, const Deca
 
 template <class A>
 static SoftNMSKernels<A> soft_nms_kernels() {
-  return {lower<A>, matrix<A>};
+  return {lower<A>, largest<A>, find<A>, matrix<A>};
 }

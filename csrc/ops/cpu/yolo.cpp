@@ -82,8 +82,7 @@ static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t h
   YoloKernels kernels = kernels_at[level()](a.dtype);
   const int64_t block = std::clamp<int64_t>((1 << 17) / a.C, 64, 1024);  // places of a task
   int64_t tasks = (a.places + block - 1) / block, room = block * (multi_label ? a.C : 1);
-  size_t scratch = (block + a.C + 2 * YOLO_PAD + 2) * 8 + a.C * 8;
-  scratch = (scratch + 63) / 64 * 64;
+  int64_t scratch = yolo_scratch(block, a.C);
   std::vector<std::vector<Found>> parts(a.B * tasks);
   run_tasks(a.B * tasks, scratch + room * sizeof(Found), [&](int64_t task, char* memory) {
     int64_t first = task % tasks * block;
@@ -126,15 +125,18 @@ static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t h
 template <class A>
 static void write_detections(const Tensor& boxes, const Tensor& scores, const Tensor& classes, const Tensor& indices, bool logits,
                              Tensor& out_boxes, Tensor& out_scores, Tensor& out_classes) {
-  int64_t K = indices.size(1), N = scores.size(1);
-  const A *from = (const A*)boxes.data_ptr(), *raw = (const A*)scores.data_ptr();
-  for (int64_t k = 0; k < indices.size(0) * K; k++) {
-    int64_t i = ((const int64_t*)indices.data_ptr())[k], source = k / K * N + i;
-    A *box = (A*)out_boxes.data_ptr() + 4 * k, score = 0;
-    if (i >= 0) score = logits ? A(1 / (1 + std::exp(-double(raw[source])))) : raw[source];
-    for (int j = 0; j < 4; j++) box[j] = i >= 0 ? from[4 * source + j] : 0;
-    ((A*)out_scores.data_ptr())[k] = score;
-    ((int64_t*)out_classes.data_ptr())[k] = i >= 0 ? ((const int64_t*)classes.data_ptr())[source] : -1;
+  int64_t B = indices.size(0), K = indices.size(1), N = scores.size(1);
+  for (int64_t b = 0; b < B; b++) {
+    const A *from = (const A*)boxes.data_ptr() + b * N * 4, *raw = (const A*)scores.data_ptr() + b * N;
+    const int64_t *chosen = (const int64_t*)indices.data_ptr() + b * K, *of = (const int64_t*)classes.data_ptr() + b * N;
+    A *box = (A*)out_boxes.data_ptr() + b * K * 4, *score = (A*)out_scores.data_ptr() + b * K;
+    int64_t *class_id = (int64_t*)out_classes.data_ptr() + b * K, k = 0;
+    for (; k < K && chosen[k] >= 0; k++) {
+      int64_t i = chosen[k];
+      std::copy(from + 4 * i, from + 4 * i + 4, box + 4 * k);
+      score[k] = logits ? A(1 / (1 + std::exp(-double(raw[i])))) : raw[i], class_id[k] = of[i];
+    }
+    std::fill(box + 4 * k, box + 4 * K, A(0)), std::fill(score + k, score + K, A(0)), std::fill(class_id + k, class_id + K, -1);
   }
 }
 

@@ -25,9 +25,14 @@ struct Found {
 
 constexpr int64_t YOLO_PAD = 16;  // elements that a vector loop may pass the end of an array by
 
+constexpr int64_t yolo_scratch(int64_t n, int64_t C) {
+  int64_t elements = (n > C ? n : C) + YOLO_PAD, bits = (n / 2 + 1) * C * 2;  // 2: the fewest lanes
+  return ((elements * 8 > bits ? elements * 8 : bits) + 63) / 64 * 64;
+}
+
 struct YoloKernels {
   // Writes what passes of places first to first + n - 1, in the order of its numbers, to `out`, which has room for n, or n C for
-  // multi_label; returns how many there are. scratch: n + C elements of the arithmetic's type and C int64, and pads.
+  // multi_label; returns how many there are. scratch: yolo_scratch(n, C) bytes.
   int64_t (*find)(const Yolo&, int64_t image, int64_t first, int64_t n, char* scratch, Found* out);
 };
 

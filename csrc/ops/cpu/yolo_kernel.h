@@ -3,8 +3,8 @@
 template <class A>
 struct Filter {
   const Yolo& a;
-  A *best, *row;     // (n,), (C,), and pads
-  int64_t* classes;  // (C,)
+  A *best, *row;   // the same memory, used in one of three ways: (n,) or (C,) and pads
+  uint16_t* bits;  // (n / lanes, C)
   Found* out;
   int64_t found = 0;
 
@@ -68,87 +68,105 @@ INLINE uint32_t above_bits(f64 x, f64 y) {
   return bits;
 }
 
-template <class A, class T>
-INLINE vec<A> widen_lanes(const T* p, int64_t n) {
-  A x[vector<A>::lanes];
-  if (n >= vector<A>::lanes) {
-    for (int i = 0; i < vector<A>::lanes; i++) x[i] = widen(p[i]);
-  } else {
-    for (int i = 0; i < vector<A>::lanes; i++) x[i] = i < n ? widen(p[i]) : -__builtin_inf();
-  }
+// A register's worth of elements, widened.
+typedef uint16_t u16 __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
+INLINE f32 lanes_at(const float* p) { return load(p); }
+INLINE f64 lanes_at(const double* p) { return load(p); }
+INLINE f32 lanes_at(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const u16*)p, u32) << 16); }
+INLINE f32 lanes_at(const half* p) {  // as widen() of vec.h
+  u32 x = __builtin_convertvector(*(const u16*)p, u32);
+  f32 f = (f32)((x & 0x7fff) << 13) * 0x1p112f;
+  u32 special = (u32)(f >= 65536.0f) & 0x7f800000;
+  return (f32)((u32)f | special | (x & 0x8000) << 16);
+}
+template <class T>
+INLINE vec<acc_t<T>> some_lanes_at(const T* p, int64_t n) {  // n of them, and -inf
+  acc_t<T> x[vector<acc_t<T>>::lanes];
+  for (int i = 0; i < vector<acc_t<T>>::lanes; i++) x[i] = i < n ? widen(p[i]) : -__builtin_inf();
   return load(x);
 }
 
-// Anchors side by side in memory: the best score of each first, four classes at a time.
+// Anchors side by side in memory. The best score of each first, four classes at a time; then the class of those that pass.
 template <class T>
-static void find_columns(Filter<acc_t<T>>& x, int64_t image, int64_t first, int64_t n) {
+static void find_best(Filter<acc_t<T>>& x, const T* scores, int64_t first, int64_t n) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
-  const Yolo& a = x.a;
-  const T* scores = (const T*)a.pred + image * a.image + 4 * a.channel + first;
-  const vec<A> least = splat(A(a.least));
-  for (int64_t i = 0; i < n + L; i++) x.best[i] = -__builtin_inf();
+  const int64_t C = x.a.C, step = x.a.channel, whole = n / L * L;
+  const vec<A> least = splat(A(x.a.least)), none = splat(A(-__builtin_inf()));
+  A* best = x.best;
+  for (int64_t i = 0; i < n; i += L) store(best + i, none);
   int64_t c = 0;
-  for (; c + 4 <= a.C; c += 4) {
-    const T *p = scores + c * a.channel, *q = p + a.channel, *r = q + a.channel, *s = r + a.channel;
-    for (int64_t i = 0; i < n; i++) {
-      A b = x.best[i], v = widen(p[i]), w = widen(q[i]);
-      b = v > b ? v : b, b = w > b ? w : b, v = widen(r[i]), w = widen(s[i]);
-      b = v > b ? v : b, x.best[i] = w > b ? w : b;
+  for (; c + 4 <= C; c += 4) {
+    const T *p = scores + c * step, *q = p + step, *r = q + step, *s = r + step;
+    for (int64_t i = 0; i < whole; i += L)
+      store(best + i, max(lanes_at(s + i), max(lanes_at(r + i), max(lanes_at(q + i), max(lanes_at(p + i), load(best + i))))));
+  }
+  for (; c < C; c++)
+    for (int64_t i = 0; i < whole; i += L) store(best + i, max(lanes_at(scores + c * step + i), load(best + i)));
+  for (c = 0; c < C && whole < n; c++) store(best + whole, max(some_lanes_at(scores + c * step + whole, n - whole), load(best + whole)));
+
+  for (int64_t i = 0; i < n; i += L) {
+    vec<A> top = load(best + i);
+    uint32_t passes = above_bits(top, least), left = passes;
+    int64_t of[L];
+    for (c = 0; left; c++) {
+      const T* p = scores + c * step + i;
+      vec<A> v = i < whole ? lanes_at(p) : some_lanes_at(p, n - i);
+      for (uint32_t here = left & ~above_bits(top, v); here; here &= here - 1) {
+        int lane = __builtin_ctz(here);
+        if (v[lane] == top[lane]) of[lane] = c, left &= ~(1u << lane);  // not a NaN
+      }
+    }
+    for (; passes; passes &= passes - 1) {
+      int lane = __builtin_ctz(passes);
+      x.add(best[i + lane], first + i + lane, of[lane]);
     }
   }
-  for (; c < a.C; c++) {
-    const T* p = scores + c * a.channel;
-    for (int64_t i = 0; i < n; i++) {
-      A b = x.best[i], v = widen(p[i]);
-      x.best[i] = v > b ? v : b;
-    }
+}
+
+// Every class that passes: a bit for each anchor and class first, then in the order of anchors.
+template <class T>
+static void find_all(Filter<acc_t<T>>& x, const T* scores, int64_t first, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  const int64_t C = x.a.C, step = x.a.channel, whole = n / L * L;
+  const vec<A> least = splat(A(x.a.least));
+  for (int64_t c = 0; c < C; c++) {
+    const T* p = scores + c * step;
+    uint16_t* bits = x.bits + c;
+    for (int64_t i = 0; i < whole; i += L, bits += C) *bits = uint16_t(above_bits(lanes_at(p + i), least));
+    if (whole < n) *bits = uint16_t(above_bits(some_lanes_at(p + whole, n - whole), least));
   }
   for (int64_t i = 0; i < n; i += L) {
-    vec<A> best = load(x.best + i);
-    uint32_t left = above_bits(best, least);
-    if (!left) continue;
-    int64_t lanes = min(n - i, L);
-    if (a.multi_label) {
-      int64_t some = 0;  // classes that pass anywhere here
-      for (c = 0; c < a.C; c++)
-        if (above_bits(widen_lanes<A>(scores + c * a.channel + i, lanes), least)) x.classes[some++] = c;
-      for (; left; left &= left - 1) {
-        int64_t lane = __builtin_ctz(left);
-        for (int64_t k = 0; k < some; k++) {
-          A v = widen(scores[x.classes[k] * a.channel + i + lane]);
-          if (v > A(a.least)) x.add(v, first + i + lane, x.classes[k]);
-        }
-      }
-    } else {
-      int64_t of[L];
-      uint32_t passes = left;
-      for (c = 0; left; c++) {
-        vec<A> v = widen_lanes<A>(scores + c * a.channel + i, lanes);
-        uint32_t here = left & ~above_bits(best, v);
-        if (!here) continue;
-        for (; here; here &= here - 1) {
-          int lane = __builtin_ctz(here);
-          if (v[lane] == best[lane]) of[lane] = c, left &= ~(1u << lane);  // not a NaN
-        }
-      }
-      for (; passes; passes &= passes - 1) {
-        int lane = __builtin_ctz(passes);
-        x.add(x.best[i + lane], first + i + lane, of[lane]);
-      }
+    const uint16_t* bits = x.bits + i / L * C;
+    int64_t at[L] = {}, sum = x.found;
+    for (int64_t c = 0; c < C; c++)
+      for (uint32_t b = bits[c]; b; b &= b - 1) at[__builtin_ctz(b)]++;
+    for (int lane = 0; lane < L; lane++) {
+      int64_t own = at[lane];
+      at[lane] = sum, sum += own;
     }
+    if (sum == x.found) continue;
+    for (int64_t c = 0; c < C; c++)
+      for (uint32_t b = bits[c]; b; b &= b - 1) {
+        int lane = __builtin_ctz(b);
+        x.out[at[lane]++] = {double(widen(scores[c * step + i + lane])), (first + i + lane) * C + c};
+      }
+    x.found = sum;
   }
 }
 
 template <class T>
 static int64_t find(const Yolo& a, int64_t image, int64_t first, int64_t n, char* scratch, Found* out) {
   using A = acc_t<T>;
-  Filter<A> x{a, (A*)scratch, (A*)scratch + n + YOLO_PAD, nullptr, out};
-  x.classes = (int64_t*)(x.row + a.C + YOLO_PAD + (a.C + n) % 2);
-  if (a.head == Head::v8 && a.anchor == 1)
-    find_columns<T>(x, image, first, n);
-  else
+  Filter<A> x{a, (A*)scratch, (A*)scratch, (uint16_t*)scratch, out};
+  const T* scores = (const T*)a.pred + image * a.image + 4 * a.channel + first;
+  if (a.head != Head::v8 || a.anchor != 1)
     find_rows<T>(x, image, first, n);
+  else if (a.multi_label)
+    find_all(x, scores, first, n);
+  else
+    find_best(x, scores, first, n);
   return x.found;
 }
 

@@ -1,0 +1,217 @@
+"""NMS on a GPU, in plain Triton: the boxes of an image by descending score, in tiles, two launches each and no wait in between.
+
+A tile's boxes are held against each other, then those that stay against all later tiles. Classes are compared, not sorted, so that the
+order of the results is the order of the work, and work ends where an image has its max_output boxes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from minkernels.nms._common import CUT, FILTERED, KEPT, new_outputs, round_down
+
+TILE = 512  # boxes
+ROWS = 16  # of a tile that are held against the others at a time
+COLUMNS = 256  # later boxes that a program holds against the kept ones of a tile
+EXACT = dict(enable_fp_fusion=False)  # with div_rn: the IoU that decides has the bits of the CPU's
+
+UNDECIDED, DROPPED, STAYS = tl.constexpr(CUT), tl.constexpr(FILTERED), tl.constexpr(KEPT)  # State, where it is no rank
+NO_RANK = tl.constexpr(2**31 - 1)
+
+
+def nms(boxes, scores, idxs, iou_threshold):
+    classes = None if idxs is None else idxs[None]
+    indices, counts, _ = _greedy(boxes[None], scores[None], classes, iou_threshold, False, None, len(scores), False)
+    return indices[0, : int(counts)].clone()  # not a view of N elements
+
+
+def nms_padded(boxes, scores, class_ids, iou_threshold, score_threshold, max_output, with_suppressor):
+    return _greedy(boxes, scores, class_ids, iou_threshold, True, score_threshold, max_output, with_suppressor)
+
+
+def launches(N, with_suppressor):
+    """Kernels of this file that a call launches, beside PyTorch's sort and two fills: what the host knows, it launches."""
+    tiles = triton.cdiv(N, TILE)
+    return 0 if N == 0 else 1 + tiles + (tiles - 1) + int(with_suppressor)
+
+
+def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_output, with_suppressor):
+    (B, N), new = scores.shape, scores.new_empty
+    indices, counts, suppressor = new_outputs(scores, max_output, with_suppressor)
+    indices.fill_(-1), counts.zero_()
+    if B * N == 0:
+        return indices, counts, suppressor
+    order = scores.sort(dim=1, descending=True, stable=True).indices.contiguous()
+    ranked, state = new((B, 5, N), dtype=torch.float32), new((B, N), dtype=torch.int32)  # x1, y1, x2, y2, area; by rank
+    classes = None if class_ids is None else new((B, N), dtype=torch.int64)
+    kept, last = new((B, TILE + 1), dtype=torch.int32), new(B, dtype=torch.int32)  # of a tile: how many, and their ranks
+    threshold, columns = round_down(iou_threshold), triton.cdiv(N, COLUMNS)
+    shared = dict(Ranked=ranked, Classes=classes, State=state, Kept=kept, N=N, threshold=threshold, max_output=max_output)
+    shared |= dict(TILE=TILE, ROWS=ROWS, **EXACT)
+    with torch.cuda.device_of(scores):
+        _rank_kernel[columns, B](
+            boxes, scores, class_ids, order, ranked, classes, state, boxes.stride(), scores.stride(),
+            (0, 0) if class_ids is None else class_ids.stride(), N,
+            None if score_threshold is None else round_down(score_threshold), DROP=drop, COLUMNS=COLUMNS, num_warps=4, **EXACT,
+        )  # fmt: skip
+        for start in range(0, N, TILE):
+            _resolve_kernel[(B,)](Order=order, Indices=indices, Counts=counts, Last=last, start=start, num_warps=8, **shared)
+            if start + TILE < N:
+                later = triton.cdiv(N - start - TILE, COLUMNS)
+                _push_kernel[later, B](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
+        if with_suppressor:
+            _suppressor_kernel[columns, B](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4)
+    return indices, counts, suppressor
+
+
+@triton.jit
+def _rank_kernel(
+    Boxes, Scores, ClassIds, Order, Ranked, Classes, State,
+    box_strides, score_strides, class_strides, N, score_threshold, DROP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Boxes by rank, in float32; the area of one that neither suppresses nor is suppressed is 0."""
+    b, rank = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = rank < N
+    i = tl.load(Order + b * N + rank, mask=mask, other=0)
+    box = Boxes + b * box_strides[0] + i * box_strides[1]
+    x1 = tl.load(box, mask=mask, other=0).to(tl.float32)
+    y1 = tl.load(box + box_strides[2], mask=mask, other=0).to(tl.float32)
+    x2 = tl.load(box + 2 * box_strides[2], mask=mask, other=0).to(tl.float32)
+    y2 = tl.load(box + 3 * box_strides[2], mask=mask, other=0).to(tl.float32)
+    w = x2 - x1
+    area = w * (y2 - y1)
+    active = (w > 0) & (area > 0) & (area < float("inf"))
+    ranked = Ranked + b * 5 * N + rank
+    tl.store(ranked, x1, mask=mask)
+    tl.store(ranked + N, y1, mask=mask)
+    tl.store(ranked + 2 * N, x2, mask=mask)
+    tl.store(ranked + 3 * N, y2, mask=mask)
+    tl.store(ranked + 4 * N, tl.where(active, area, 0.0), mask=mask)
+    if ClassIds is not None:
+        ids = tl.load(ClassIds + b * class_strides[0] + i * class_strides[1], mask=mask, other=0)
+        tl.store(Classes + b * N + rank, ids, mask=mask)
+    stays = mask
+    if DROP:
+        score = tl.load(Scores + b * score_strides[0] + i * score_strides[1], mask=mask, other=0).to(tl.float32)
+        stays = (x1 == x1) & (y1 == y1) & (x2 == x2) & (y2 == y2) & (score == score)
+        if score_threshold is not None:
+            stays = stays & (score > score_threshold)
+    tl.store(State + b * N + rank, tl.where(stays, UNDECIDED, DROPPED), mask=mask)
+
+
+@triton.jit
+def _load(Ranked, Classes, b, N, rank, mask):
+    """Coordinates, area and class. A rank behind the last has area 0."""
+    ranked = Ranked + b * 5 * N + rank
+    x1 = tl.load(ranked, mask=mask, other=0.0)
+    y1 = tl.load(ranked + N, mask=mask, other=0.0)
+    x2 = tl.load(ranked + 2 * N, mask=mask, other=0.0)
+    y2 = tl.load(ranked + 3 * N, mask=mask, other=0.0)
+    area = tl.load(ranked + 4 * N, mask=mask, other=0.0)
+    ids = rank.to(tl.int64) * 0
+    if Classes is not None:
+        ids = tl.load(Classes + b * N + rank, mask=mask, other=0)
+    return x1, y1, x2, y2, area, ids
+
+
+@triton.jit
+def _overlaps(x1, y1, x2, y2, area, ids, x1_, y1_, x2_, y2_, area_, ids_, threshold, CLASSES: tl.constexpr):
+    """(rows, columns) int1: whether the IoU is above the threshold, in the order of torchvision's CPU loop."""
+    w = tl.minimum(x2[:, None], x2_[None, :]) - tl.maximum(x1[:, None], x1_[None, :])
+    h = tl.minimum(y2[:, None], y2_[None, :]) - tl.maximum(y1[:, None], y1_[None, :])
+    inter = tl.maximum(w, 0.0) * tl.maximum(h, 0.0)
+    whole = area[:, None] + area_[None, :] - inter
+    active = (area[:, None] > 0) & (area_[None, :] > 0)
+    yes = active & (tl.div_rn(inter, tl.where(active, whole, 1.0)) > threshold)
+    if CLASSES:
+        yes = yes & (ids[:, None] == ids_[None, :])
+    return yes
+
+
+@triton.jit
+def _resolve_kernel(
+    Ranked, Classes, Order, State, Indices, Counts, Kept, Last, N, start, threshold, max_output,
+    TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Decides what is undecided in the tile from `start` on: one program an image. What stays goes to Indices, and to Kept for the push."""
+    b = tl.program_id(0).to(tl.int64)
+    count = tl.load(Counts + b).to(tl.int32)
+    if count < max_output:
+        rank = start + tl.arange(0, TILE)
+        mask = rank < N
+        x1, y1, x2, y2, area, ids = _load(Ranked, Classes, b, N, rank, mask)
+        state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
+        group = tl.arange(0, TILE // ROWS)[:, None]
+        for g in range(TILE // ROWS):
+            undecided = tl.reshape((state == UNDECIDED).to(tl.int32), (TILE // ROWS, ROWS))
+            rows = tl.sum(tl.where(group == g, undecided, 0), axis=0)
+            if tl.sum(rows) > 0:
+                row = start + g * ROWS + tl.arange(0, ROWS)
+                r1, s1, r2, s2, row_area, row_ids = _load(Ranked, Classes, b, N, row, row < N)
+                own = _overlaps(
+                    r1, s1, r2, s2, row_area, row_ids, r1, s1, r2, s2, row_area, row_ids, threshold, CLASSES=Classes is not None
+                )  # fmt: skip
+                own = (own & (row[:, None] < row[None, :])).to(tl.int32)
+                stays, changed = rows, 1
+                while changed > 0:  # each round decides one box more at least; the fixed point is the greedy answer
+                    before = stays
+                    stays = tl.where(tl.sum(own * before[:, None], axis=0) > 0, 0, rows)
+                    changed = tl.sum((stays != before).to(tl.int32))
+                hits = _overlaps(
+                    r1, s1, r2, s2, row_area, row_ids, x1, y1, x2, y2, area, ids, threshold, CLASSES=Classes is not None
+                )  # fmt: skip
+                hits = hits & (stays[:, None] > 0) & (row[:, None] < rank[None, :])
+                first = tl.min(tl.where(hits, row[:, None], NO_RANK), axis=0)
+                state = tl.where((state == UNDECIDED) & (first != NO_RANK), first, state)
+        stay = state == UNDECIDED
+        place = tl.cumsum(stay.to(tl.int32), 0) - 1
+        stay = stay & (count + place < max_output)
+        total = tl.sum(stay.to(tl.int32))
+        tl.store(State + b * N + rank, tl.where(stay, STAYS, state), mask=mask)
+        i = tl.load(Order + b * N + rank, mask=mask, other=0)
+        tl.store(Indices + b * max_output + count + place, i, mask=stay)
+        tl.store(Kept + b * (TILE + 1) + 1 + place, rank, mask=stay)
+        tl.store(Kept + b * (TILE + 1), total)
+        tl.store(Counts + b, (count + total).to(tl.int64))
+        tl.store(Last + b, tl.max(tl.where(stay, rank, -1)))
+
+
+@triton.jit
+def _push_kernel(
+    Ranked, Classes, State, Kept, Counts, N, start, threshold, max_output,
+    TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Holds COLUMNS of the boxes from `start` on against those that the last tile kept."""
+    b = tl.program_id(1).to(tl.int64)
+    rank = start + tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = rank < N
+    state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
+    total = tl.load(Kept + b * (TILE + 1))
+    if tl.load(Counts + b) == max_output:
+        total = 0  # the image is done, and Kept may be of an earlier tile
+    if tl.sum((state == UNDECIDED).to(tl.int32)) > 0:
+        x1, y1, x2, y2, area, ids = _load(Ranked, Classes, b, N, rank, mask)
+        for k in range(0, total, ROWS):
+            at = k + tl.arange(0, ROWS)
+            row = tl.load(Kept + b * (TILE + 1) + 1 + at, mask=at < total, other=0)
+            r1, s1, r2, s2, row_area, row_ids = _load(Ranked, Classes, b, N, row, at < total)
+            hits = _overlaps(
+                r1, s1, r2, s2, row_area, row_ids, x1, y1, x2, y2, area, ids, threshold, CLASSES=Classes is not None
+            )  # fmt: skip
+            first = tl.min(tl.where(hits, row[:, None], NO_RANK), axis=0)
+            state = tl.where((state == UNDECIDED) & (first != NO_RANK), first, state)
+        tl.store(State + b * N + rank, state, mask=mask)
+
+
+@triton.jit
+def _suppressor_kernel(Order, State, Counts, Last, Suppressor, N, max_output, COLUMNS: tl.constexpr):
+    """From ranks to indices; what comes behind the last kept box of an image that is full was not to be looked at."""
+    b, rank = tl.program_id(1).to(tl.int64), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = rank < N
+    state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
+    full = tl.load(Counts + b) == max_output
+    by = tl.load(Order + b * N + state, mask=mask & (state >= 0), other=0)
+    by = tl.where(state >= 0, by, state.to(tl.int64))
+    by = tl.where(full & (rank > tl.load(Last + b)) & (state != DROPPED), UNDECIDED, by)
+    i = tl.load(Order + b * N + rank, mask=mask, other=0)
+    tl.store(Suppressor + b * N + i, by, mask=mask)

@@ -1,0 +1,91 @@
+"""The Triton kernels of NMS against the reference, bit for bit: interpreted on a CPU (TRITON_INTERPRET=1), as they are on a GPU."""
+
+import os
+
+import pytest
+import torch
+
+from minkernels.nms import reference
+from nms_cases import THRESHOLDS, clusters, fuzz, uniform
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not (INTERPRETED or torch.cuda.is_available()):
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)
+
+from minkernels.nms import _triton  # noqa: E402  Triton reads TRITON_INTERPRET as it is imported
+
+pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # NumPy on inf - inf
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Small tiles, so that small inputs take every path."""
+    for name, size in (("TILE", 16), ("ROWS", 8), ("COLUMNS", 32)):
+        monkeypatch.setattr(_triton, name, size)
+
+
+def check(case, what=""):
+    expected = reference.nms_padded(*case, True)
+    on_device = [t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in case]
+    for name, a, e in zip(("indices", "counts", "suppressor"), _triton.nms_padded(*on_device, True), expected, strict=True):
+        assert torch.equal(a.cpu(), e), f"{what}: {name} of images {(a.cpu() != e).nonzero()[:, 0].unique()[:5].tolist()} ... differ"
+
+
+@pytest.mark.parametrize("N", [1, 7, 16, 17, 40])
+def test_fuzz(N, small):
+    """500 cases."""
+    for i in range(4):
+        boxes, scores, class_ids = fuzz(25, N, DTYPES[i % len(DTYPES)], seed=N + i)
+        options = THRESHOLDS[(N + i) % 8], [None, 0.0][i % 2], [N, max(1, N // 3)][i // 2]
+        check((boxes, scores, None if i == 0 else class_ids, *options), f"{N}, {i}")
+
+
+@pytest.mark.parametrize("max_output", [3, 60])
+def test_tiles_as_they_are(max_output):
+    """Two tiles of 512, whose boxes come from clusters, and one that is not full."""
+    boxes, scores, class_ids = (t[None] for t in clusters(600, 3))
+    check((boxes, (scores * 50).round(), class_ids, 0.5, None, max_output))
+
+
+def test_chain(small):
+    """Box i suppresses i + 1 alone: as many rounds as there are rows, and through every tile."""
+    N, left = 70, torch.arange(70.0)
+    boxes = torch.stack([left, torch.zeros(N), left + 1.8, torch.ones(N)], 1)
+    check((boxes[None], (1 - left / N)[None], None, 0.25, None, N))
+
+
+def test_torchvisions_rule(small):
+    """Nothing is dropped: a box with a NaN is kept, a NaN score sorts first."""
+    for i in range(3):
+        boxes, scores, class_ids = (t.flatten(0, 1) for t in fuzz(2, 30, seed=i))
+        boxes[::9, i] = scores[::7] = torch.nan
+        expected = reference.nms(boxes, scores, class_ids, 0.3)
+        assert torch.equal(_triton.nms(*(t.to(DEVICE) for t in (boxes, scores, class_ids)), 0.3).cpu(), expected)
+
+
+def test_layouts_and_wide_classes(small):
+    boxes, scores, ids = (t.unflatten(0, (2, 30)) for t in uniform(60, 4))
+    apart = boxes.movedim(2, 0).contiguous().movedim(0, 2), scores.mT.contiguous().mT, (ids * 2**33).mT.contiguous().mT
+    check((*apart, 0.4, None, 30))
+
+
+def test_nothing():
+    for B, N in ((0, 3), (2, 0)):
+        check((torch.empty(B, N, 4), torch.empty(B, N), None, 0.5, None, 4))
+
+
+def test_launches(small, monkeypatch):
+    """As many as launches() says, whatever the data."""
+    counted = []
+    for name in ("_rank_kernel", "_resolve_kernel", "_push_kernel", "_suppressor_kernel"):
+        kernel = getattr(_triton, name)
+        proxy = type("Counted", (), {"__getitem__": lambda self, grid, k=kernel, n=name: counted.append(n) or k[grid]})()
+        monkeypatch.setattr(_triton, name, proxy)
+    for N in (5, 16, 17, 40):
+        boxes, scores, _ = (t[None].to(DEVICE) for t in uniform(N))
+        for wanted in (False, True):
+            counted.clear()
+            _triton.nms_padded(boxes, scores, None, 0.5, None, 2, wanted)
+            assert len(counted) == _triton.launches(N, wanted) and counted.count("_resolve_kernel") == -(-N // 16)

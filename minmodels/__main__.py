@@ -14,10 +14,19 @@ EXAMPLES = """examples:
   python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
   python -m minmodels train gpt --help
   python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon"
+  python -m minmodels train unet --dtype bfloat16
+  python -m minmodels segment cells.png --checkpoint runs/unet --out masks
+  python -m minmodels detect photos --checkpoint runs/yolo --out found
   python -m minmodels showcase"""
 GENERATE_EXAMPLES = """examples:
   python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon" --tokens 500
   python -m minmodels generate gpt --checkpoint runs/book --temperature 0"""
+SEGMENT_EXAMPLES = """examples:
+  python -m minmodels segment cells.png more.tif --checkpoint runs/unet --out masks
+  python -m minmodels segment folder --checkpoint runs/unet --out masks --skip-corrupt"""
+DETECT_EXAMPLES = """examples:
+  python -m minmodels detect scene.png --checkpoint runs/yolo --out found
+  python -m minmodels detect folder --checkpoint runs/yolo --out found --score 0.5 --skip-corrupt"""
 SHOWCASE_EXAMPLES = """example:
   python -m minmodels showcase --text book.txt --minutes 2 --out runs/book"""
 
@@ -35,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "rich", "safetensors"):
+        if error.name not in ("matplotlib", "numpy", "PIL", "rich", "safetensors"):
             raise
         print(f"error: {error.name} is not installed: pip install 'minkernels[models]'", file=sys.stderr)
         return 2
@@ -61,6 +70,20 @@ def _generate(model, **args):
     from minmodels.generate import generate
 
     print(generate(**args))
+
+
+def _segment(images, **args):
+    from minmodels.segment import segment
+
+    for path in segment(images, **args):
+        print(path)
+
+
+def _detect(images, **args):
+    from minmodels.detect import detect
+
+    for name, found in detect(images, **args).items():
+        print(f"{name}:", ", ".join(f"{one['name']} {one['score']:.2f}" for one in found) or "nothing")
 
 
 def _showcase(**args):
@@ -104,12 +127,31 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
     generate.set_defaults(run=_generate)
 
+    about = "Find the class of each pixel with a trained minUNet: masks, and overlays."
+    segment = _on_images(commands, "segment", about, SEGMENT_EXAMPLES)
+    segment.set_defaults(run=_segment)
+    about = "Find objects with a trained minYOLO: pictures with boxes, and detections.json."
+    detect = _on_images(commands, "detect", about, DETECT_EXAMPLES)
+    detect.add_argument("--score", type=_part, default=0.25, metavar="X", help="least score of a detection (default: 0.25)")
+    detect.add_argument("--iou", type=_part, default=0.5, metavar="X", help="largest IoU of two boxes of a class (default: 0.5)")
+    detect.set_defaults(run=_detect)
+
     about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
     showcase = commands.add_parser("showcase", help="see all of it in minutes", description=about, epilog=SHOWCASE_EXAMPLES)
     showcase.add_argument("--text", default="", metavar="FILE", help=_help("text"))
     showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the results (default: runs/showcase)")
     showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help="minutes of training (default: 1)")
     showcase.set_defaults(run=_showcase)
+    return parser
+
+
+def _on_images(commands, name, about, examples):
+    parser = commands.add_parser(name, help=about[0].lower() + about[1:].split(":")[0], description=about, epilog=examples)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image file, or folder of images")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave out files that are damaged, and name them")
+    parser.add_argument("--device", default="", metavar="NAME", help=_help("device"))
     return parser
 
 
@@ -123,7 +165,7 @@ def _add_options(parser, options):
         if option.type is bool:
             parser.add_argument(name, action=argparse.BooleanOptionalAction, **shared)
             continue
-        shared["help"] += f" (default: {option.default})" if option.default else ""
+        shared["help"] += f" (default: {option.default})" if option.default or kind.get("zero") else ""
         types = {str: str, int: _whole(kind.get("least", 1)), float: _not_negative if kind.get("zero") else _positive}
         group = length if option.name in ("steps", "minutes") else parser
         group.add_argument(name, type=types[option.type], metavar=kind["metavar"], choices=kind.get("choices"), **shared)
@@ -150,6 +192,12 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number from 0 on, got {text!r}")
     return value
+
+
+def _part(text: str) -> float:
+    if _not_negative(text) > 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text!r}")
+    return float(text)
 
 
 def _positive(text: str) -> float:

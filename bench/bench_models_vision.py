@@ -1,0 +1,147 @@
+"""One training step of minUNet and of minYOLO on our ops, beside the same models on plain PyTorch, and the loss of each alone."""
+
+import copy
+from contextlib import nullcontext
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from bench.timing import max_error
+from minmodels import minunet, minyolo
+from minmodels.minunet import UNet, UNetConfig
+from minmodels.minyolo import YOLO, YOLOConfig, encode
+
+
+class Case(NamedTuple):
+    name: str
+    config: UNetConfig | YOLOConfig
+    batch: int
+    side: int  # of the images, in pixels
+    dtype: torch.dtype  # float32, or the dtype of autocast
+
+    def __str__(self):
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+
+UNET = UNetConfig(1, 1, width=16, depth=3)  # the defaults of the command line
+CLASSES = UNetConfig(3, 8, width=16, depth=3)
+DIGITS = YOLOConfig(1, 10, width=24)
+CASES = {
+    "cpu": [
+        Case("unet", UNET, 8, 128, torch.float32),
+        Case("unet", UNET, 8, 128, torch.bfloat16),
+        Case("unet-8-classes", CLASSES, 8, 128, torch.bfloat16),
+        Case("yolo", DIGITS, 32, 112, torch.float32),
+        Case("yolo", DIGITS, 32, 112, torch.bfloat16),
+    ],
+    "cuda": [
+        Case("unet-paper", UNetConfig(), 8, 512, torch.bfloat16),
+        Case("yolo", YOLOConfig(cells=28), 64, 448, torch.bfloat16),
+    ],
+    "tiny": [
+        Case("unet", UNetConfig(1, 3, width=4, depth=2), 2, 16, torch.float32),
+        Case("yolo", YOLOConfig(1, 3, cells=2, width=4), 2, 32, torch.float32),
+    ],
+}
+IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+
+
+def plain_bce_dice(logits, target):
+    if target.dim() < logits.dim():
+        target = F.one_hot(target.long(), logits.shape[1]).movedim(-1, 1)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    target, p = target.to(logits.dtype), logits.sigmoid()
+    inter, sums = (p * target).sum((-2, -1)), p.sum((-2, -1)) + target.sum((-2, -1))
+    return F.binary_cross_entropy_with_logits(logits, target) + (1 - (2 * inter + 1) / (sums + 1)).mean()
+
+
+def plain_match(boxes, gts, *, fmt):
+    (c1, s1), (c2, s2) = boxes.split(2, -1), gts.split(2, -1)
+    inter = (torch.minimum(c1 + s1 / 2, c2 + s2 / 2) - torch.maximum(c1 - s1 / 2, c2 - s2 / 2)).clamp(min=0).prod(-1)
+    best = (inter / (s1.prod(-1) + s2.prod(-1) - inter).clamp(min=1e-12)).max(-1)
+    return SimpleNamespace(gt_best_iou=best.values, gt_best_box=best.indices)
+
+
+def loss_of(model, *batch, on_torch, autocast=None):
+    patches = mock.patch.object(minunet, "bce_dice_loss", plain_bce_dice), mock.patch.object(minyolo, "iou_match", plain_match)
+    patch = patches[isinstance(model, YOLO)] if on_torch else nullcontext()
+    with patch, torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
+        return model(*batch)
+
+
+def make(case, device):
+    """A model, and a batch for it."""
+    config = case.config
+    x = torch.randn(case.batch, config.in_channels, case.side, case.side)
+    if isinstance(config, UNetConfig):
+        shape = (case.batch, case.side, case.side) if config.classes > 1 else (case.batch, 1, case.side, case.side)
+        targets = (torch.randint(max(2, config.classes), shape, dtype=torch.uint8),)
+        model = UNet(config)
+    else:
+        centres, sizes = torch.rand(case.batch, 4, 2), 0.1 + 0.3 * torch.rand(case.batch, 4, 2)
+        boxes = torch.cat((centres - sizes / 2, centres + sizes / 2), -1)
+        scenes = [encode(b, torch.randint(config.classes, (4,)), config.cells) for b in boxes]
+        targets = tuple(torch.stack(t) for t in zip(*scenes, strict=True))
+        model = YOLO(config)
+    return model.to(device), [t.to(device) for t in (x, *targets)]
+
+
+def bench_step(timed, device, case, impl):
+    autocast = None if case.dtype == torch.float32 else case.dtype
+
+    def build():
+        initial, batch = make(case, device)
+
+        def step(model, optimizer, on_torch):
+            loss = loss_of(model, *batch, on_torch=on_torch, autocast=autocast)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return (loss.detach(),)
+
+        @cache
+        def exact():
+            double = [t.double() if t.is_floating_point() else t for t in batch]
+            with torch.no_grad():
+                return (loss_of(copy.deepcopy(initial).double(), *double, on_torch=True),)
+
+        steps = {}
+        for name, on_torch in IMPLS.items():
+            model = copy.deepcopy(initial)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), on_torch)
+        return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
+
+    timed("vision step", build, shape=(case.batch, case.config.in_channels, case.side, case.side), dtype=case.dtype, min_rounds=3)
+
+
+def bench_loss(timed, device, case, impl):
+    """The loss and its gradient, of the model's output."""
+
+    def build():
+        model, (x, *targets) = make(case, device)
+        with torch.no_grad():
+            out = model.eval()(x).to(case.dtype).requires_grad_()
+        if isinstance(model, UNet):
+            targets, losses = (targets[0],), {"minkernels": minunet.bce_dice_loss, "torch": plain_bce_dice}
+        else:
+            targets = (*targets, case.config.boxes)
+            losses = {"minkernels": minyolo.yolo_loss, "torch": mock.patch.object(minyolo, "iou_match", plain_match)(minyolo.yolo_loss)}
+
+        def call(loss):
+            value = loss(out, *targets)
+            return value.detach(), *torch.autograd.grad(value, out)
+
+        @cache
+        def exact():
+            wide = out.detach().double().requires_grad_()
+            args = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in targets]
+            value = losses["torch"](wide, *args)
+            return value.detach(), *torch.autograd.grad(value, wide)
+
+        return {name: partial(call, loss) for name, loss in losses.items()}, lambda outputs: max_error(outputs, exact(), case.dtype)
+
+    timed("vision loss", build, shape=(case.batch, case.config.in_channels, case.side, case.side), dtype=case.dtype)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minkernels import attention, cross_entropy
+from minmodels.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -87,38 +88,23 @@ class GPT(nn.Module):
         return logits if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, *, use_cache: bool = True, **how) -> Tensor:
         """Appends max_new_tokens tokens, one at a time: (B, T) ids -> (B, T + max_new_tokens) ids.
 
-        temperature: divides the logits; 0 (below 1e-6) takes the likeliest token. generator: draws the tokens, on idx's device.
+        how: temperature, top_k, top_p and generator, see minmodels.sampling.sample.
         use_cache: keep keys and values, so that a token costs one position and not the whole context; the same tokens either
             way. A context longer than block_size is cropped to its last block_size tokens: every token then moves to another
             position, no cached key holds any more, and each token costs a whole context again.
         """
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be (batch, at least one token), got shape {tuple(idx.shape)}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {temperature}")
         cache = Cache(self.config) if use_cache else None
         for _ in range(max_new_tokens):
             if cache is None or idx.shape[1] > self.config.block_size:
                 x = self._hidden(idx[:, -self.config.block_size :])
             else:
                 x = self._hidden(idx[:, cache.length :], cache)
-            logits = (x[:, -1] @ self.wte.weight.T).float()
-            if temperature < 1e-6:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, token), 1)
+            idx = torch.cat((idx, sample(x[:, -1] @ self.wte.weight.T, **how)), 1)
         return idx
 
     def _hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:

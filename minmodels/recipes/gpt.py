@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from minmodels import UserError
@@ -75,4 +76,16 @@ class GPTRecipe(TextRecipe):
 
     def sizes(self):
         options = self.options
-        return GPTConfig(len(self.tokens), options.block_size, options.n_layer, options.n_head, options.n_embd)
+        return GPTConfig(len(self.tokens), options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)
+
+    def batch(self, generator):
+        batch = super().batch(generator)
+        return (*batch, torch.randint(2**62, (), generator=generator)) if self.options.dropout else batch
+
+    def loss(self, model, idx, targets, seed=None):
+        """seed: of what is dropped, drawn with the batch, so that a resumed run drops the same."""
+        if seed is None:
+            return model(idx, targets)
+        with torch.random.fork_rng(devices=[idx.device] if idx.is_cuda else []):
+            torch.manual_seed(int(seed))
+            return model(idx, targets)

@@ -94,6 +94,7 @@ class AdderOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class TransformerOptions(TrainOptions):
+    steps: int = _default("steps", 2000)
     batch_size: int = _default("batch_size", 64)
     lr: float = _default("lr", 0.003)
     length: int = _option(12, "letters of the longest word", "N", least=4)

@@ -20,7 +20,10 @@ EXAMPLES = """examples:
   python -m minmodels showcase"""
 GENERATE_EXAMPLES = """examples:
   python -m minmodels generate gpt --checkpoint runs/book --prompt "Once upon" --tokens 500
-  python -m minmodels generate gpt --checkpoint runs/book --temperature 0"""
+  python -m minmodels generate gpt --checkpoint runs/book --temperature 0
+  python -m minmodels generate gpt --checkpoint FOLDER_OF_GPT2 --prompt "Once upon" --top-k 50 --top-p 0.9
+  python -m minmodels generate adder --checkpoint runs/adder --prompt 12+34
+  python -m minmodels generate transformer --checkpoint runs/transformer --prompt hello"""
 SEGMENT_EXAMPLES = """examples:
   python -m minmodels segment cells.png more.tif --checkpoint runs/unet --out masks
   python -m minmodels segment folder --checkpoint runs/unet --out masks --skip-corrupt"""
@@ -44,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "numpy", "PIL", "rich", "safetensors"):
+        if error.name not in ("matplotlib", "numpy", "PIL", "rich", "safetensors", "tokenizers"):
             raise
         print(f"error: {error.name} is not installed: pip install 'minkernels[models]'", file=sys.stderr)
         return 2
@@ -66,7 +69,7 @@ def _eval(model, checkpoint, **given):
     print(told(evaluate(model, checkpoint, **given)))
 
 
-def _generate(model, **args):
+def _generate(**args):
     from minmodels.generate import generate
 
     print(generate(**args))
@@ -116,13 +119,15 @@ def _parser() -> argparse.ArgumentParser:
 
     about = "Write text with a trained model: the prompt, and what follows it."
     generate = commands.add_parser("generate", help="write text with it", description=about, epilog=GENERATE_EXAMPLES)
-    generate.add_argument("model", choices=["gpt"], help="gpt: minGPT")
-    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
+    generate.add_argument("model", choices=["gpt", "bigram", "adder", "transformer"], help="gpt: minGPT; the last two answer the prompt")
+    from_where = "folder of a training, or its checkpoint file; for gpt also a Hugging Face folder with a GPT-2"
+    generate.add_argument("--checkpoint", required=True, metavar="DIR", help=from_where)
     generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: empty, the start of a line)")
-    generate.add_argument("--tokens", type=_whole(0), default=500, metavar="N", help="characters to add (default: 500)")
-    generate.add_argument(
-        "--temperature", type=_not_negative, default=0.8, metavar="T", help="0 takes the likeliest character (default: 0.8)"
-    )
+    generate.add_argument("--tokens", type=_whole(0), default=500, metavar="N", help="tokens to add (default: 500)")
+    generate.add_argument("--temperature", type=_not_negative, default=0.8, metavar="T", help="0 takes the likeliest token (default: 0.8)")
+    generate.add_argument("--top-k", type=_whole(0), default=0, metavar="K", help="only the K likeliest tokens (default: 0, all)")
+    top_p = "only the likeliest tokens that together reach this probability (default: 1, all)"
+    generate.add_argument("--top-p", type=_share, default=1.0, metavar="P", help=top_p)
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="the same seed, the same text (default: 0)")
     generate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
     generate.set_defaults(run=_generate)
@@ -203,6 +208,12 @@ def _part(text: str) -> float:
 def _positive(text: str) -> float:
     if not _not_negative(text):
         raise argparse.ArgumentTypeError(f"must be more than 0, got {text!r}")
+    return float(text)
+
+
+def _share(text: str) -> float:
+    if not 0 < _not_negative(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be more than 0 and at most 1, got {text!r}")
     return float(text)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minkernels import attention, cross_entropy
+from minmodels.sampling import sample
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,13 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    dropout: float = 0.0  # of the embeddings and of what each layer adds, in training
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to less than 1, got {self.dropout!r}")
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if self.n_embd % self.n_head:
@@ -55,14 +60,15 @@ class Block(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
+        self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:  # (B, T, C) -> (B, T, C)
         qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D), no copy: the kernel takes any strides
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        x = x + self.attn.c_proj(attention(q, k, v, causal=True).transpose(1, 2).flatten(2))
-        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh"))
+        x = x + self.drop(self.attn.c_proj(attention(q, k, v, causal=True).transpose(1, 2).flatten(2)))
+        return x + self.drop(self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")))
 
 
 class GPT(nn.Module):
@@ -71,6 +77,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
         for name, p in self.named_parameters():  # GPT-2, section 2.3; LayerNorm starts as the identity
@@ -87,38 +94,23 @@ class GPT(nn.Module):
         return logits if targets is None else cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, *, use_cache: bool = True, **how) -> Tensor:
         """Appends max_new_tokens tokens, one at a time: (B, T) ids -> (B, T + max_new_tokens) ids.
 
-        temperature: divides the logits; 0 (below 1e-6) takes the likeliest token. generator: draws the tokens, on idx's device.
+        how: temperature, top_k, top_p and generator, see minmodels.sampling.sample.
         use_cache: keep keys and values, so that a token costs one position and not the whole context; the same tokens either
             way. A context longer than block_size is cropped to its last block_size tokens: every token then moves to another
             position, no cached key holds any more, and each token costs a whole context again.
         """
         if idx.dim() != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be (batch, at least one token), got shape {tuple(idx.shape)}")
-        if not 0 <= temperature < math.inf:
-            raise ValueError(f"temperature must be finite and not negative, got {temperature}")
         cache = Cache(self.config) if use_cache else None
         for _ in range(max_new_tokens):
             if cache is None or idx.shape[1] > self.config.block_size:
                 x = self._hidden(idx[:, -self.config.block_size :])
             else:
                 x = self._hidden(idx[:, cache.length :], cache)
-            logits = (x[:, -1] @ self.wte.weight.T).float()
-            if temperature < 1e-6:
-                token = logits.argmax(-1, keepdim=True)
-            else:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-            idx = torch.cat((idx, token), 1)
+            idx = torch.cat((idx, sample(x[:, -1] @ self.wte.weight.T, **how)), 1)
         return idx
 
     def _hidden(self, idx: Tensor, cache: Cache | None = None) -> Tensor:
@@ -127,7 +119,7 @@ class GPT(nn.Module):
         end = past + idx.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} tokens are more than the block_size of {self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[past:end]
+        x = self.drop(self.wte(idx) + self.wpe.weight[past:end])
         for layer, block in enumerate(self.h):
             x = block(x, cache, layer)
         if cache is not None:

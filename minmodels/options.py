@@ -21,6 +21,8 @@ def _default(name, value):
 class TrainOptions:
     """Those of every model."""
 
+    presets = {}  # noqa: RUF012  the options that a name stands for, of a model that has the option preset
+
     out: str = _option("", "folder for the checkpoint, the metrics and the pictures (default: runs/MODEL)", "DIR")
     steps: int = _option(1000, "optimizer steps", "N")
     minutes: float = _option(0.0, "minutes of training, instead of --steps; not repeatable bit for bit", "M")
@@ -36,15 +38,69 @@ class TrainOptions:
     weight_decay: float = _option(0.0, "of the matrices, but for embeddings", "X", zero=True)
     clip: float = _option(1.0, "largest norm of the gradient", "X")
 
+    @classmethod
+    def of(cls, given: dict):
+        """The options given; the others are those of the preset given, or else the defaults."""
+        return cls(**{**cls.presets.get(given.get("preset"), {}), **given})
+
+
+def _size(n_layer, n_head, n_embd, block_size, batch_size):
+    return dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, batch_size=batch_size)
+
+
+GPT_PRESETS = {  # minGPT's names and sizes, block_size and batch_size apart; those of GPT-2 are its own (124 M to 1.56 G parameters)
+    "gpt-nano": _size(3, 3, 48, 64, 32),
+    "gpt-micro": _size(4, 4, 128, 128, 32),
+    "gpt-mini": _size(6, 6, 192, 256, 16),
+    "gpt2": _size(12, 12, 768, 1024, 4),
+    "gpt2-medium": _size(24, 16, 1024, 1024, 4),
+    "gpt2-large": _size(36, 20, 1280, 1024, 2),
+    "gpt2-xl": _size(48, 25, 1600, 1024, 1),
+}
+
 
 @dataclass(frozen=True)
-class GPTOptions(TrainOptions):
+class BigramOptions(TrainOptions):
     text: str = _option("", "UTF-8 text to learn; its last tenth is held out (default: the help topics of Python)", "FILE", data=True)
+    lr: float = _default("lr", 0.1)
+    tokenizer: str = _option("chars", "chars, or bpe: a byte-level BPE learned from the text", "KIND", choices=("chars", "bpe"))
+    vocab_size: int = _option(1024, "tokens of the BPE, the 256 bytes among them", "N", least=256)
+    block_size: int = _option(64, "length of a window, in tokens", "N")
+
+
+@dataclass(frozen=True)
+class GPTOptions(BigramOptions):
+    presets = GPT_PRESETS
+
     lr: float = _default("lr", 0.015)
-    block_size: int = _option(64, "length of a window: the longest context, in characters", "N")
+    preset: str = _option("", "a size by its name: sets n-layer to n-embd, block-size and batch-size", "NAME", choices=tuple(GPT_PRESETS))
+    block_size: int = _option(64, "length of a window: the longest context, in tokens", "N")
     n_layer: int = _option(3, "transformer blocks", "N")
     n_head: int = _option(4, "attention heads", "N")
     n_embd: int = _option(128, "width, a multiple of the heads", "N")
+    dropout: float = _option(0.0, "share of the activations that a training step drops (default: 0)", "P", zero=True)
+
+
+@dataclass(frozen=True)
+class AdderOptions(TrainOptions):
+    steps: int = _default("steps", 2000)
+    batch_size: int = _default("batch_size", 128)
+    lr: float = _default("lr", 0.01)
+    digits: int = _option(2, "digits of each number", "N")
+    n_layer: int = _option(3, "transformer blocks", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(64, "width, a multiple of the heads", "N")
+
+
+@dataclass(frozen=True)
+class TransformerOptions(TrainOptions):
+    steps: int = _default("steps", 2000)
+    batch_size: int = _default("batch_size", 64)
+    lr: float = _default("lr", 0.003)
+    length: int = _option(12, "letters of the longest word", "N", least=4)
+    n_layer: int = _option(2, "blocks of the encoder, and of the decoder", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(64, "width, even and a multiple of the heads", "N")
 
 
 @dataclass(frozen=True)
@@ -89,13 +145,35 @@ class Model:
 
 
 MODELS = {
+    "bigram": Model(
+        "a bigram model on text: what follows a token depends on that token alone",
+        "minmodels.recipes.gpt:BigramRecipe",
+        BigramOptions,
+        """  python -m minmodels train bigram
+  python -m minmodels train bigram --text book.txt --out runs/book-bigram""",
+    ),
     "gpt": Model(
-        "minGPT, the decoder of GPT-2, on text, one character a token",
+        "minGPT, the decoder of GPT-2, on text, of characters or of a BPE learned from it",
         "minmodels.recipes.gpt:GPTRecipe",
         GPTOptions,
         """  python -m minmodels train gpt --text book.txt --steps 2000 --out runs/book
   python -m minmodels train gpt --out runs/book --resume
-  python -m minmodels train gpt --minutes 5 --n-layer 6 --n-embd 192 --n-head 6 --out runs/topics""",
+  python -m minmodels train gpt --minutes 10 --preset gpt-mini --dtype bfloat16 --out runs/topics
+  python -m minmodels train gpt --minutes 5 --tokenizer bpe --vocab-size 2048 --block-size 128 --out runs/bpe""",
+    ),
+    "adder": Model(
+        "minGPT on sums: it must say every digit of a sum that it has never seen",
+        "minmodels.recipes.adder:AdderRecipe",
+        AdderOptions,
+        """  python -m minmodels train adder
+  python -m minmodels train adder --digits 3 --minutes 10 --out runs/adder3""",
+    ),
+    "transformer": Model(
+        "the encoder-decoder of 2017 on words of random letters, which it must say back to front",
+        "minmodels.recipes.transformer:TransformerRecipe",
+        TransformerOptions,
+        """  python -m minmodels train transformer
+  python -m minmodels train transformer --length 24 --steps 3000 --out runs/reverse24""",
     ),
     "unet": Model(
         "minUNet, which finds the class of each pixel",

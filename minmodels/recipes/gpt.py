@@ -1,32 +1,45 @@
-"""minGPT learns to continue text."""
+"""minGPT learns to continue text, and so does the bigram model."""
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from minmodels import UserError
+from minmodels.bigram import Bigram, BigramConfig
 from minmodels.data import text as textdata
+from minmodels.data import tokens
 from minmodels.mingpt import GPT, GPTConfig
-from minmodels.options import GPTOptions
+from minmodels.options import BigramOptions
 from minmodels.recipes import Recipe, seeded
 
 
-class GPTRecipe(Recipe):
-    unit, loss_unit, inner = "characters", "nats per character", ("h.",)
+class TextRecipe(Recipe):
+    """Of a model of tokens -> logits of the tokens that follow. A subclass gives its name, kind and kind_of_config."""
 
-    def __init__(self, options: GPTOptions):
+    name: str
+    kind: type[nn.Module]
+    kind_of_config: type
+
+    def __init__(self, options: BigramOptions):
         super().__init__(options)
-        self.text = text = textdata.load(options.text, options.block_size)
+        self.text, self.tokens = tokens.load(options.text, options.block_size, options.tokenizer, options.vocab_size)
+        text, self.unit = self.text, self.tokens.unit
         try:
-            self.config = GPTConfig(len(text.vocab), options.block_size, options.n_layer, options.n_head, options.n_embd)
+            self.config = self.sizes()
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.loss_unit = f"nats per {self.unit.removesuffix('s')}"
         self.units, self.sha256, self.model = options.block_size, text.sha256, self.new()
-        self.data = f"{text.name}: {len(text.train):,} characters, {len(text.heldout):,} held out, {len(text.vocab)} different ones"
+        self.data = f"{text.name}: {len(text.train):,} {self.unit}, {len(text.heldout):,} held out, {len(self.tokens)} different ones"
+
+    def sizes(self):
+        """The config of a new model. May raise ValueError."""
+        raise NotImplementedError
 
     @seeded
     def new(self):
-        return GPT(self.config)
+        return self.kind(self.config)
 
     def batch(self, generator):
         return textdata.sample(self.text.train, self.options.batch_size, self.options.block_size, generator)
@@ -34,14 +47,45 @@ class GPTRecipe(Recipe):
     def heldout(self, model, move):
         windows = [t.split(64) for t in textdata.sweep(self.text.heldout, self.options.block_size)]
         total = sum(self.loss(model, move(idx), move(targets)).item() * len(idx) for idx, targets in zip(*windows, strict=True))
-        return {"heldout": total / sum(map(len, windows[0]))}
+        loss = total / sum(map(len, windows[0]))
+        if self.options.tokenizer == "chars":
+            return {"heldout": loss}
+        return {"heldout": loss, "per character": loss * len(self.text.heldout) / len(self.tokens.decode(self.text.heldout))}
 
     def extras(self):
-        return {"vocab": self.text.vocab}
+        return self.tokens.state()
 
     def finish(self, model, folder: Path):
-        return f"to sample: python -m minmodels generate gpt --checkpoint {folder}"
+        return f"to sample: python -m minmodels generate {self.name} --checkpoint {folder}"
 
     @classmethod
     def build(cls, meta) -> nn.Module:
-        return GPT(GPTConfig(**meta["config"]))
+        return cls.kind(cls.kind_of_config(**meta["config"]))
+
+
+class BigramRecipe(TextRecipe):
+    name, kind, kind_of_config = "bigram", Bigram, BigramConfig
+
+    def sizes(self):
+        return BigramConfig(len(self.tokens))
+
+
+class GPTRecipe(TextRecipe):
+    name, kind, kind_of_config = "gpt", GPT, GPTConfig
+    inner = ("h.",)
+
+    def sizes(self):
+        options = self.options
+        return GPTConfig(len(self.tokens), options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)
+
+    def batch(self, generator):
+        batch = super().batch(generator)
+        return (*batch, torch.randint(2**62, (), generator=generator)) if self.options.dropout else batch
+
+    def loss(self, model, idx, targets, seed=None):
+        """seed: of what is dropped, drawn with the batch, so that a resumed run drops the same."""
+        if seed is None:
+            return model(idx, targets)
+        with torch.random.fork_rng(devices=[idx.device] if idx.is_cuda else []):
+            torch.manual_seed(int(seed))
+            return model(idx, targets)

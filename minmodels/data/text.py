@@ -26,7 +26,7 @@ class Text:
 def load(path: str, block_size: int) -> Text:
     """The text of a file, its last tenth held out; "" is the help topics, whole topics held out. Raises UserError."""
     name = path or "Python's help topics"
-    train, heldout = _split_file(path) if path else _split_topics()
+    train, heldout = split_file(path) if path else map("\n\n\n".join, split_topics())
     if len(train) <= block_size or len(heldout) <= block_size:
         raise UserError(
             f"{name} is too short for a context of {block_size} characters: it has {len(train) + len(heldout)}, of which "
@@ -66,7 +66,8 @@ def sweep(ids: Tensor, block_size: int, most: int = 512) -> tuple[Tensor, Tensor
     return windows[:, :-1], windows[:, 1:]
 
 
-def _split_file(path: str) -> tuple[str, str]:
+def split_file(path: str) -> tuple[str, str]:
+    """The text of a file, and its last tenth. Raises UserError."""
     try:
         raw = Path(path).read_bytes()
         text = raw.decode("utf-8-sig")
@@ -82,9 +83,9 @@ def _split_file(path: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def _split_topics() -> tuple[str, str]:
-    """About a tenth of the topics' text is held out, from the topics that share no paragraph with another: some topics
-    repeat others whole, and a held-out text that training has seen would measure memory."""
+def split_topics() -> tuple[list[str], list[str]]:
+    """The help topics of Python. About a tenth of their text is held out, from the topics that share no paragraph with another: some
+    topics repeat others whole, and a held-out text that training has seen would measure memory."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -98,4 +99,4 @@ def _split_topics() -> tuple[str, str]:
         if len(topics[name]) <= room:
             room -= len(topics[name])
             heldout.append(name)
-    return tuple("\n\n\n".join(topics[n] for n in paragraphs if (n in heldout) == part) for part in (False, True))
+    return tuple([topics[n] for n in paragraphs if (n in heldout) == part] for part in (False, True))

@@ -21,6 +21,8 @@ def _default(name, value, of=None):
 class TrainOptions:
     """Those of every model."""
 
+    presets = {}  # noqa: RUF012  the options that a name stands for, of a model that has the option preset
+
     out: str = _option("", "folder for the checkpoint, the metrics and the pictures (default: runs/MODEL)", "DIR")
     steps: int = _option(1000, "optimizer steps", "N")
     minutes: float = _option(0.0, "minutes of training, instead of --steps; not repeatable bit for bit", "M")
@@ -36,6 +38,11 @@ class TrainOptions:
     weight_decay: float = _option(0.0, "of the matrices, but for embeddings (default: 0)", "X", zero=True)
     clip: float = _option(1.0, "largest norm of the gradient", "X")
 
+    @classmethod
+    def of(cls, given: dict):
+        """The options given; the others are those of the preset given, or else the defaults."""
+        return cls(**{**cls.presets.get(given.get("preset"), {}), **given})
+
 
 @dataclass(frozen=True)
 class GPTOptions(TrainOptions):
@@ -49,22 +56,32 @@ class GPTOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class GPT1Options(TrainOptions):
+    presets = {"paper": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=40000)}  # noqa: RUF012
+
     text: str = _default("text", "", GPTOptions)
     lr: float = _default("lr", 0.01)
     dtype: str = _default("dtype", "bfloat16")
     vocab_size: int = _option(2000, "byte pairs in the vocabulary, learned from the text", "N", least=100)
     block_size: int = _option(128, "length of a window: the longest context, in tokens", "N", least=8)
-    preset: str = _option("small", "small: 4 layers of 128; paper: 12 of 768", "NAME", choices=("small", "paper"))
+    preset: str = _option("", "paper: 12 layers of 768, 512 tokens, 40 000 byte pairs", "NAME", choices=("paper",))
+    n_layer: int = _option(4, "transformer blocks", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(128, "width, a multiple of the heads", "N")
 
 
 @dataclass(frozen=True)
 class BERTOptions(TrainOptions):
+    presets = {"base": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=30000)}  # noqa: RUF012
+
     text: str = _default("text", "", GPTOptions)
     lr: float = _default("lr", 0.01)
     dtype: str = _default("dtype", "bfloat16")
     vocab_size: int = _option(2000, "word pieces in the vocabulary, learned from the text", "N", least=100)
     block_size: int = _option(128, "length of [CLS] A [SEP] B [SEP], in tokens", "N", least=8)
-    preset: str = _option("small", "small: 4 layers of 128; base: 12 of 768", "NAME", choices=("small", "base"))
+    preset: str = _option("", "base: 12 layers of 768, 512 tokens, 30 000 word pieces", "NAME", choices=("base",))
+    n_layer: int = _option(4, "layers", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(128, "width, a multiple of the heads", "N")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def train(
     elif path.exists() and not overwrite:
         raise UserError(f"{path} exists: --resume continues it, --overwrite starts anew")
     else:
-        options = MODELS[name].options(**given)
+        options = MODELS[name].options.of(given)
     places = {key: str(Path(getattr(options, key)).resolve()) for key in _data(options) if getattr(options, key)}
     run = Run(name, replace(options, **places))  # whole paths: it may be resumed from elsewhere
     if resume:

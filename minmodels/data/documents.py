@@ -26,7 +26,7 @@ class Documents:
 
 def load(path: str) -> Documents:
     """The documents of a file, two empty lines between them, the last tenth held out; "" is the help topics of Python. Raises UserError."""
-    parts = [re.split(r"\n{3,}", part) for part in textdata.split_file(path)] if path else textdata.split_topics()
+    parts = [re.split(r"\n{3,}", part) for part in textdata.read(path)[1:]] if path else textdata.split_topics()
     train, heldout = ([sentences for document in part if (sentences := split_sentences(document))] for part in parts)
     name = path or "Python's help topics"
     if sum(map(len, heldout)) < 2:

@@ -109,7 +109,7 @@ def _next(documents, rng):
 def _read(kind, path):
     """A line an example, split at tabs: its class and its text or texts; of "choice" the number of the right answer from 0 on, the context
     and the answers. The last tenth is held out."""
-    lines = [line.split("\t") for line in "".join(textdata.split_file(path)).splitlines() if line.strip()]
+    lines = [line.split("\t") for line in "".join(textdata.read(path)[1:]).splitlines() if line.strip()]
     width = {"classification": 2, "choice": max(4, len(lines[0]))}.get(kind, 3)
     for number, fields in enumerate(lines, 1):
         if len(fields) != width or not all(f.strip() for f in fields):

@@ -14,7 +14,8 @@ from minmodels import UserError
 
 @dataclass(frozen=True)
 class Text:
-    """train and heldout: 1-D int32 ids; the id of a character is its place in vocab, which holds those of both, sorted."""
+    """train and heldout: 1-D int32 ids; the id of a character is its place in vocab, which holds those of both, sorted. Where the
+    tokens are no characters, vocab is empty."""
 
     name: str
     vocab: str
@@ -25,8 +26,7 @@ class Text:
 
 def load(path: str, block_size: int) -> Text:
     """The text of a file, its last tenth held out; "" is the help topics, whole topics held out. Raises UserError."""
-    name = path or "Python's help topics"
-    train, heldout = split_file(path) if path else map("\n\n\n".join, split_topics())
+    name, train, heldout = read(path)
     if len(train) <= block_size or len(heldout) <= block_size:
         raise UserError(
             f"{name} is too short for a context of {block_size} characters: it has {len(train) + len(heldout)}, of which "
@@ -37,6 +37,11 @@ def load(path: str, block_size: int) -> Text:
     train_ids, heldout_ids = ids.int().split([len(train), len(heldout)])
     digest = hashlib.sha256(f"{len(train)} {train}{heldout}".encode()).hexdigest()
     return Text(name, "".join(map(chr, codes.tolist())), train_ids, heldout_ids, digest)
+
+
+def read(path: str) -> tuple[str, str, str]:
+    """What the text is called, what is to be learned, what is held out. Raises UserError."""
+    return (path, *_split_file(path)) if path else ("Python's help topics", *_split_topics())
 
 
 def encode(text: str, vocab: str) -> Tensor:
@@ -66,8 +71,7 @@ def sweep(ids: Tensor, block_size: int, most: int = 512) -> tuple[Tensor, Tensor
     return windows[:, :-1], windows[:, 1:]
 
 
-def split_file(path: str) -> tuple[str, str]:
-    """The text of a file, and its last tenth. Raises UserError."""
+def _split_file(path: str) -> tuple[str, str]:
     try:
         raw = Path(path).read_bytes()
         text = raw.decode("utf-8-sig")
@@ -83,9 +87,13 @@ def split_file(path: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
+def _split_topics() -> tuple[str, str]:
+    return tuple("\n\n\n".join(part) for part in split_topics())
+
+
 def split_topics() -> tuple[list[str], list[str]]:
-    """The help topics of Python. About a tenth of their text is held out, from the topics that share no paragraph with another: some
-    topics repeat others whole, and a held-out text that training has seen would measure memory."""
+    """Python's help topics, whole: to learn, and held out. About a tenth of their text is held out, from the topics that share no paragraph
+    with another: some topics repeat others whole, and a held-out text that training has seen would measure memory."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:

@@ -14,7 +14,6 @@ from minmodels.recipes import Recipe, check_model, seeded
 from minmodels.recipes.task import TaskRecipe
 
 SPECIAL = ["[UNK]", "[START]", "[DELIMITER]", "[EXTRACT]"]  # minmodels.gpt1 has their ids
-PRESETS = {"small": {"n_layer": 4, "n_head": 4, "n_embd": 128}, "paper": {"n_layer": 12, "n_head": 12, "n_embd": 768}}
 
 
 class GPT1Recipe(Recipe):
@@ -31,7 +30,10 @@ class GPT1Recipe(Recipe):
         if min(len(self.train), len(self.held)) <= T:
             sizes = f"{len(self.train)} tokens and {len(self.held)} held out"
             raise UserError(f"{documents.name} is too short for a context of {T} tokens: it has {sizes}, and both parts must be longer")
-        self.config = GPT1Config(self.tokenizer.get_vocab_size(), T, **PRESETS[options.preset])
+        try:
+            self.config = GPT1Config(self.tokenizer.get_vocab_size(), T, options.n_layer, options.n_head, options.n_embd)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         self.units, self.sha256, self.model = T, documents.sha256, self.new()
         self.data = f"{documents.name}: {len(self.train):,} tokens, {len(self.held):,} held out, {self.config.vocab_size:,} different ones"
 

@@ -15,11 +15,10 @@ from minmodels.recipes import Recipe, seeded
 from minmodels.recipes.task import TaskRecipe
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # minmodels.data.pairs has their ids
-PRESETS = {"small": (128, 4, 4, 512), "base": (768, 12, 12, 3072)}  # width, layers, heads, width inside a layer
 
 
 class BERTRecipe(Recipe):
-    unit, loss_unit, inner = "tokens", "nats", ("bert.encoder.",)
+    unit, loss_unit, inner = "tokens", "nats", ("bert.encoder.", "bert.pooler.")
 
     def __init__(self, options: BERTOptions):
         super().__init__(options)
@@ -29,14 +28,27 @@ class BERTRecipe(Recipe):
         self.train, self.held = (pairsdata.Corpus.of(part) for part in parts)
         if not (len(self.train.cuts) and len(self.held.cuts)):
             raise UserError(f"{documents.name} is too short: a document must have a sentence that follows another, in both parts")
-        self.config = BERTConfig(self.tokenizer.get_vocab_size(), *PRESETS[options.preset], T)
+        C = options.n_embd
+        if C % options.n_head:
+            raise UserError(f"n_embd must be a multiple of n_head, got {C} and {options.n_head}")
+        self.config = BERTConfig(self.tokenizer.get_vocab_size(), C, options.n_layer, options.n_head, 4 * C, T)
         self.units, self.sha256, self.model = T, documents.sha256, self.new()
         sizes = f"{len(self.train.ids):,} tokens, {len(self.held.ids):,} held out"
         self.data = f"{documents.name}: {sizes}, {self.config.vocab_size:,} word pieces"
 
     @seeded
     def new(self):
-        return BERT(self.config)
+        """In the first layer equal words see each other from the start: there keys are queries (after Trockman and Kolter 2023), and
+        words weigh more than places. Whether two texts share words is what tells a next sentence, and in a few minutes training does
+        not come upon it: docs/models.md has the figures."""
+        model = BERT(self.config)
+        tables, first = model.bert.embeddings, model.bert.encoder.layer[0].attention["self"]
+        for table, std in ((tables.word_embeddings, 0.1), (tables.token_type_embeddings, 0.05), (tables.position_embeddings, 0.01)):
+            torch.nn.init.normal_(table.weight, std=std)
+        torch.nn.init.normal_(first.query.weight, std=1.36 * self.config.hidden_size**-0.5)
+        with torch.no_grad():
+            first.key.weight.copy_(first.query.weight)
+        return model
 
     def batch(self, generator):
         B = self.options.batch_size

@@ -1,8 +1,9 @@
-"""GPT-1 and minBERT through the command line: pretraining, fine-tuning beside the same from scratch, fill, classify; the text of each error."""
+"""GPT-1 and minBERT through the command line: pretraining, fine-tuning beside the same from scratch, fill, classify, errors."""
 
 import json
 import random
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,26 +12,25 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
-from test_minmodels_cli import metrics, run, stop_after
-
 from minmodels import files
 from minmodels.data import documents, tasks
 from minmodels.options import FINETUNED
+from test_minmodels_cli import metrics, run, stop_after
 
 MODELS = list(FINETUNED)
 TINY = ["--vocab-size", 120, "--block-size", 40, "--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--warmup", 3]
 LENGTH = {"--steps": 8, "--eval-every": 3}
-WORDS = "the a fox dog cat farm house runs sleeps eats sees quick lazy small old brown and over under near home day night".split()
+WORDS = """the a fox dog cat farm house runs sleeps eats sees quick lazy small old brown and over under near home day night""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    """Twelve documents of twelve sentences, each of other words."""
+    """Thirty documents of eight sentences, each of other words."""
     rng, path = random.Random(0), tmp_path_factory.mktemp("book") / "book.txt"
     texts = []
-    for _ in range(12):
+    for _ in range(30):
         words = rng.sample(WORDS, 12)
-        texts.append("\n\n".join(" ".join(rng.choices(words, k=rng.randint(7, 10))).capitalize() + "." for _ in range(12)))
+        texts.append("\n\n".join(" ".join(rng.choices(words, k=rng.randint(7, 10))).capitalize() + "." for _ in range(8)))
     path.write_text("\n\n\n".join(texts))
     return path
 
@@ -87,7 +87,7 @@ def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained,
     found = capsys.readouterr().out.splitlines()
     both = [line for line in found if line.startswith(("pretrained: ", "from scratch: "))]
     assert len(both) == 2 and both == [line for line in printed if line.startswith(("pretrained: ", "from scratch: "))]
-    assert both[0].split(": ")[1] != both[1].split(": ")[1]
+    assert metrics(tmp_path / "run", "heldout") != metrics(tmp_path / "run" / "scratch", "heldout")
     assert finetune(pretrained, tmp_path / "run", "--resume") == 2
     assert re.search(r"error: .* is trained already \(6 steps", capsys.readouterr().err)
 
@@ -100,7 +100,7 @@ def test_each_task_trains_and_classifies(pretrained, tmp_path, capsys, task):
     model, _ = pretrained
     status = finetune(pretrained, tmp_path / "run", "--task", task, "--no-compare")
     if (model, task) == ("minbert", "next"):
-        assert status == 2 and capsys.readouterr().err.startswith("error: minbert is fine-tuned on single texts and on pairs, not on a choice")
+        assert status == 2 and "minbert learns classification, entailment, similarity, not choice\n" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         return
     assert status == 0 and "from scratch" not in capsys.readouterr().out and not (tmp_path / "run" / "scratch").exists()
@@ -120,12 +120,12 @@ def test_each_task_trains_and_classifies(pretrained, tmp_path, capsys, task):
 
 def test_fine_tuning_starts_from_the_pretrained_weights(pretrained, tmp_path):
     model, checkpoint = pretrained
-    parts = {"run": (), "scratch": ("--no-compare",)}
-    assert finetune(pretrained, tmp_path / "run", "--steps", 1, "--lr", 1e-9) == 0 and parts
+    assert finetune(pretrained, tmp_path / "run", "--steps", 1, "--lr", 1e-9) == 0
     before = files.load_checkpoint(checkpoint, prefix="model.")[0]
     after, new = (files.load_checkpoint(tmp_path / "run" / part, prefix="model.")[0] for part in ("", "scratch"))
-    name = {"gpt1": ("h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_fc.weight"), "minbert": ("bert.encoder.layer.0.output.dense.weight",) * 2}
-    old, now = (f"model.{n}" for n in name[model])
+    old, now = ("model.bert.encoder.layer.0.output.dense.weight",) * 2
+    if model == "gpt1":
+        old, now = "model.h.0.mlp.c_fc.weight", "model.transformer.h.0.mlp.c_fc.weight"
     torch.testing.assert_close(after[now], before[old], rtol=0, atol=1e-6)
     assert (new[now] - before[old]).abs().max() > 0.01
 
@@ -137,8 +137,9 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
     model, _ = pretrained
     path = tmp_path / "lines.tsv"
     path.write_text("\n".join(LINES))
-    options = "--task", "classification", "--examples", path, "--no-compare", "--steps", 60, "--lr", 0.02
-    assert finetune(pretrained, tmp_path / "run", *options) == 0
+    options = "--task", "classification", "--examples", path, "--no-compare", "--steps", 100, "--eval-every", 50, "--lr", 0.03
+    options += ("--likelihood", 0) if model == "gpt1" else ()
+    assert finetune(pretrained, tmp_path / "run", *options, "--batch-size", 8, "--dtype", "float32") == 0
     assert metrics(tmp_path / "run", "accuracy")[-1][1] == 1.0
     capsys.readouterr()
     assert run("classify", model, "--checkpoint", tmp_path / "run", "the cat runs near the old farm") == 0
@@ -147,12 +148,12 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
 
 FILES = {
     "missing": ("classification", None, r"cannot read .*x\.tsv: No such file or directory"),
-    "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1, or an empty one"),
-    "empty text": ("entailment", ["a\ttext\t "] * 10, r"x\.tsv, line 1: entailment has 3 fields, split at tabs, got 3, or an empty one"),
+    "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1,"),
+    "empty text": ("entailment", ["a\ttext\t "] * 10, r"x\.tsv, line 1: entailment has 3 fields, split at tabs, got 3, or"),
     "one class": ("classification", ["a\ttext"] * 10, r"x\.tsv has one class, 'a': there is nothing to tell apart"),
     "few": ("classification", ["a\ttext", "b\ttext"], r"x\.tsv is too short: a tenth is held out, and it has 2 examples"),
     "no answer": ("choice", ["2\ttext\tone\ttwo"] * 10, r"x\.tsv, line 1: the right answer is one of 0 to 1, got '2'"),
-    "long": ("classification", ["a\ttext", "b\t" + "fox " * 60] * 10, r"60 tokens|\d+ tokens with the special ones, and the model takes 40"),
+    "long": ("classification", ["a\ttext", "b\t" + "fox " * 60] * 10, r"\d+ tokens with the special ones, and the model takes 40"),
     "task": ("order", ["a\ttext"], r"--task order: for a file of examples it is one of classification, entailment, similarity, choice"),
 }
 
@@ -214,7 +215,7 @@ def test_the_tasks_made_of_the_help_topics(name):
             assert sum(a != b for a, b in zip(written.texts[0].split(), swapped.texts[0].split(), strict=True)) == 2
     if name == "next":
         text = documents.load("")
-        follows = {pair for document in text.heldout for pair in zip(document, document[1:], strict=False)}
+        follows = {pair for document in text.heldout for pair in pairwise(document)}
         assert all((e.texts[0], e.texts[1 + e.label]) in follows and len(set(e.texts)) == 5 for e in task.heldout)
 
 

@@ -58,21 +58,20 @@ def load(name: str, path: str, text: str) -> Task:
     make = {"order": _order, "topic": _topic, "next": _next}[name]
     documents = documentsdata.load(text)
     seen = {sentence for document in documents.train for sentence in document}
-    fresh = [[s for s in document if s not in seen] for document in documents.heldout]
-    parts = [make(part, random.Random(seed)) for seed, part in enumerate((documents.train, fresh))]
+    parts = make(documents.train, set(), random.Random(0)), make(documents.heldout, seen, random.Random(1))
     if not all(parts):
         raise UserError(f"{documents.name} is too short for the task {name!r}")
     return Task(f"{name}, of {documents.name}", *MADE[name], *parts)
 
 
-def _sentences(document):
-    """Those of 6 to 30 words, each once."""
-    return [s for s in dict.fromkeys(document) if 6 <= len(s.split()) <= 30]
+def _sentences(document, seen):
+    """Those of 6 to 30 words that were not seen, each once."""
+    return [s for s in dict.fromkeys(document) if 6 <= len(s.split()) <= 30 and s not in seen]
 
 
-def _order(documents, rng):
+def _order(documents, seen, rng):
     examples = []
-    for sentence in _sentences(s for document in documents for s in document):
+    for sentence in _sentences((s for document in documents for s in document), seen):
         words = sentence.split()  # small words without a sign: neither a capital nor a full stop gives it away
         places = [i for i, (a, b) in enumerate(pairwise(words)) if WORD.fullmatch(a) and WORD.fullmatch(b) and a != b]
         if places:
@@ -82,8 +81,8 @@ def _order(documents, rng):
     return examples
 
 
-def _topic(documents, rng):
-    pools = [pool for document in documents if len(pool := _sentences(document)) > 1]
+def _topic(documents, seen, rng):
+    pools = [pool for document in documents if len(pool := _sentences(document, seen)) > 1]
     examples = []
     for pool in pools if len(pools) > 1 else ():
         others = [s for other in pools if other is not pool for s in other if s not in pool]
@@ -93,10 +92,10 @@ def _topic(documents, rng):
     return examples
 
 
-def _next(documents, rng):
+def _next(documents, seen, rng):
     examples = []
     for document in documents:
-        pool = _sentences(document)
+        pool = _sentences(document, seen)
         for sentence, following in pairwise(document):
             wrong = [s for s in pool if s not in (sentence, following)]
             if sentence in pool and following in pool and len(wrong) >= 3:

@@ -101,7 +101,8 @@ class BERTRecipe(Recipe):
 
 
 class BERTTaskRecipe(TaskRecipe):
-    family, inner, limit = "minbert", ("bert.encoder.",), "max_position_embeddings"
+    family, inner, limit = "minbert", ("bert.encoder.", "bert.pooler."), "max_position_embeddings"
+    kinds = "classification", "entailment", "similarity"  # one text, or two
 
     def pretrained(self, checkpoint):
         from minmodels import bert_folder  # which loads checkpoints of this recipe
@@ -127,8 +128,6 @@ class BERTTaskRecipe(TaskRecipe):
 
     @classmethod
     def network(cls, config, task):
-        if task["kind"] == "choice":
-            raise UserError("minbert is fine-tuned on single texts and on pairs, not on a choice between answers")
         return BERTClassifier(BERTConfig(**config), len(task["classes"]))
 
 

@@ -19,7 +19,7 @@ Sequence = tuple[list[int], list[int]]  # ids, segments
 class TaskRecipe(Recipe):
     """A subclass says how texts become sequences and what the model makes of them."""
 
-    unit, loss_unit = "examples", "nats"
+    unit, loss_unit, kinds = "examples", "nats", tasks.KINDS
 
     def __init__(self, options: TaskOptions):
         super().__init__(options)
@@ -27,6 +27,8 @@ class TaskRecipe(Recipe):
             raise UserError("--checkpoint: it takes the folder of a pretraining to fine-tune it")
         self.config, self.tokenizer, text, tensors = self.pretrained(options.checkpoint)
         self.task = task = tasks.load(options.task, options.examples, text)
+        if task.kind not in self.kinds:
+            raise UserError(f"--task {options.task}: {self.family} learns {', '.join(self.kinds)}, not {task.kind}")
         self.train, self.held = self._encode(task.train), self._encode(task.heldout)
         parts = task.sha256, self.tokenizer.to_str(), str(self.config)
         self.sha256 = hashlib.sha256("".join(parts).encode()).hexdigest()

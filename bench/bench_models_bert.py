@@ -46,11 +46,11 @@ def masked_pairs(vocab, batch, T):
 
 
 def gpt(*sizes):
-    return partial(gpt1.GPT1, gpt1.GPT1Config(*sizes))
+    return partial(gpt1.GPT1, gpt1.GPT1Config(*sizes, dropout=0.0))
 
 
 def task(kind, classes, *sizes):
-    return partial(gpt1.GPT1Task, gpt1.GPT1Config(*sizes), kind, classes)
+    return partial(gpt1.GPT1Task, gpt1.GPT1Config(*sizes, dropout=0.0), kind, classes)
 
 
 def bert(*sizes):

@@ -24,9 +24,13 @@ class GPT1Config:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
+    dropout: float = 0.1  # of the embeddings and of what each layer adds, in training
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be from 0 to less than 1, got {self.dropout!r}")
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
+            value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if self.n_embd % self.n_head:
@@ -39,12 +43,13 @@ class Block(nn.Module):
         C, self.n_head = config.n_embd, config.n_head
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
         self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, 4 * C), "c_proj": nn.Linear(4 * C, C)})
-        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.ln_1, self.ln_2, self.drop = nn.LayerNorm(C), nn.LayerNorm(C), nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, C) -> (B, T, C)
         q, k, v = self.attn.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        x = self.ln_1(x + self.attn.c_proj(attention(q, k, v, causal=True).transpose(1, 2).flatten(2)))  # post-norm: after the sum
-        return self.ln_2(x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(x), approximate="tanh")))
+        seen = attention(q, k, v, causal=True).transpose(1, 2).flatten(2)
+        x = self.ln_1(x + self.drop(self.attn.c_proj(seen)))  # post-norm: after the sum
+        return self.ln_2(x + self.drop(self.mlp.c_proj(F.gelu(self.mlp.c_fc(x), approximate="tanh"))))
 
 
 class GPT1(nn.Module):
@@ -53,7 +58,7 @@ class GPT1(nn.Module):
         self.config = config
         self.tokens_embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.positions_embed = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h, self.drop = nn.ModuleList(Block(config) for _ in range(config.n_layer)), nn.Dropout(config.dropout)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)  # section 4.1
@@ -65,7 +70,7 @@ class GPT1(nn.Module):
         T = ids.shape[1]
         if T > self.config.n_positions:
             raise ValueError(f"{T} tokens are more than the n_positions of {self.config.n_positions}")
-        x = self.tokens_embed(ids) + self.positions_embed.weight[:T]
+        x = self.drop(self.tokens_embed(ids) + self.positions_embed.weight[:T])
         for block in self.h:
             x = block(x)
         return x

@@ -67,6 +67,7 @@ class GPT1Options(TrainOptions):
     n_layer: int = _option(4, "transformer blocks", "N")
     n_head: int = _option(4, "attention heads", "N")
     n_embd: int = _option(128, "width, a multiple of the heads", "N")
+    dropout: float = _option(0.1, "share of the activations that a training step drops", "P", zero=True)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class TaskOptions(TrainOptions):
 @dataclass(frozen=True)
 class GPT1TaskOptions(TaskOptions):
     likelihood: float = _option(0.5, "weight of the next-token loss beside the task's, lambda in the paper", "X", zero=True)
+    dropout: float = _default("dropout", 0.1, GPT1Options)
 
 
 @dataclass(frozen=True)

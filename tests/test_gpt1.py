@@ -1,13 +1,16 @@
 """GPT-1: the names of its weights, what its losses count, and how each task's texts become sequences."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from minmodels import gpt1
 from minmodels.gpt1 import DELIMITER, EXTRACT, GPT1, START, GPT1Config, GPT1Task
+from minmodels.recipes import dropping
 
-SMALL = GPT1Config(vocab_size=20, n_positions=10, n_layer=2, n_head=2, n_embd=16)
+SMALL = GPT1Config(vocab_size=20, n_positions=10, n_layer=2, n_head=2, n_embd=16, dropout=0.0)
 BLOCK = {  # as in the checkpoints, whose Conv1D weights are the transposes of these
     "attn.c_attn.weight": (48, 16),
     "attn.c_attn.bias": (48,),
@@ -152,10 +155,24 @@ def test_stage_two_adds_the_likelihood_of_its_own_inputs(device, weight):
     torch.testing.assert_close(model(idx, ends, labels), expected)
 
 
+def test_dropout_acts_in_training_alone_and_its_seed_decides(device):
+    model = random(GPT1(dataclasses.replace(SMALL, dropout=0.5))).to(device)
+    idx, seeds, losses = ids(device, 2, 9), [3, 3, 4], []
+    for seed in seeds:
+        with dropping(torch.tensor(seed), idx):
+            losses.append(model(idx[:, :-1], idx[:, 1:]).item())
+    assert losses[0] == losses[1] != losses[2]
+    plain = random(GPT1(SMALL)).to(device)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(idx), plain(idx))
+
+
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match="11 tokens are more than the n_positions of 10"):
         GPT1(SMALL)(ids("cpu", 1, 11))
     with pytest.raises(ValueError, match="n_embd must be a multiple of n_head, got 16 and 3"):
         GPT1Config(n_embd=16, n_head=3)
+    with pytest.raises(ValueError, match=r"dropout must be from 0 to less than 1, got 1\.0"):
+        GPT1Config(dropout=1.0)
     with pytest.raises(ValueError, match="n_layer must be a positive int, got 0"):
         GPT1Config(n_layer=0)

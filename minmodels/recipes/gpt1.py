@@ -10,7 +10,7 @@ from minmodels.data import documents as documentsdata
 from minmodels.data import text as textdata
 from minmodels.gpt1 import GPT1, INPUTS, GPT1Config, GPT1Task
 from minmodels.options import GPT1Options
-from minmodels.recipes import Recipe, check_model, seeded
+from minmodels.recipes import Recipe, check_model, dropping, seeded
 from minmodels.recipes.task import TaskRecipe
 
 SPECIAL = ["[UNK]", "[START]", "[DELIMITER]", "[EXTRACT]"]  # minmodels.gpt1 has their ids
@@ -31,7 +31,7 @@ class GPT1Recipe(Recipe):
             sizes = f"{len(self.train)} tokens and {len(self.held)} held out"
             raise UserError(f"{documents.name} is too short for a context of {T} tokens: it has {sizes}, and both parts must be longer")
         try:
-            self.config = GPT1Config(self.tokenizer.get_vocab_size(), T, options.n_layer, options.n_head, options.n_embd)
+            self.config = GPT1Config(self.tokenizer.get_vocab_size(), T, options.n_layer, options.n_head, options.n_embd, options.dropout)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.units, self.sha256, self.model = T, documents.sha256, self.new()
@@ -42,11 +42,16 @@ class GPT1Recipe(Recipe):
         return GPT1(self.config)
 
     def batch(self, generator):
-        return textdata.sample(self.train, self.options.batch_size, self.options.block_size, generator)
+        windows = textdata.sample(self.train, self.options.batch_size, self.options.block_size, generator)
+        return *windows, torch.randint(2**62, (), generator=generator)
+
+    def loss(self, model, ids, targets, seed):
+        with dropping(seed, ids):
+            return model(ids, targets)
 
     def heldout(self, model, move):
         windows = [t.split(64) for t in textdata.sweep(self.held, self.options.block_size)]
-        total = sum(self.loss(model, move(idx), move(targets)).item() * len(idx) for idx, targets in zip(*windows, strict=True))
+        total = sum(model(move(ids), move(targets)).item() * len(ids) for ids, targets in zip(*windows, strict=True))
         return {"heldout": total / sum(map(len, windows[0]))}
 
     def extras(self):
@@ -67,7 +72,8 @@ class GPT1TaskRecipe(TaskRecipe):
         tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
         check_model("gpt1", meta, checkpoint)
         tensors = {"transformer." + name.removeprefix("model."): t for name, t in tensors.items()}
-        return GPT1Config(**meta["config"]), Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"], tensors
+        config = GPT1Config(**{**meta["config"], "dropout": self.options.dropout})
+        return config, Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"], tensors
 
     @staticmethod
     def inputs(tokenizer, kind, texts):
@@ -77,8 +83,9 @@ class GPT1TaskRecipe(TaskRecipe):
     def logits(model, ids, segments, lengths):
         return model(ids, lengths - 1)
 
-    def loss(self, model, ids, segments, lengths, labels):
-        return model(ids, lengths - 1, labels)
+    def loss(self, model, ids, segments, lengths, labels, seed):
+        with dropping(seed, ids):
+            return model(ids, lengths - 1, labels)
 
     @classmethod
     def network(cls, config, task):

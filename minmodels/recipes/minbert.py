@@ -123,7 +123,7 @@ class BERTTaskRecipe(TaskRecipe):
     def logits(model, ids, segments, lengths):
         return model(ids[:, 0], segments[:, 0], _key_mask(ids[:, 0], lengths[:, 0]))
 
-    def loss(self, model, ids, segments, lengths, labels):
+    def loss(self, model, ids, segments, lengths, labels, seed):
         return model(ids[:, 0], segments[:, 0], _key_mask(ids[:, 0], lengths[:, 0]), labels)
 
     @classmethod

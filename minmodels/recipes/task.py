@@ -61,7 +61,7 @@ class TaskRecipe(Recipe):
 
     def batch(self, generator):
         picked = torch.randint(len(self.train), (self.options.batch_size,), generator=generator)
-        return self._stack([self.train[i] for i in picked.tolist()])
+        return *self._stack([self.train[i] for i in picked.tolist()]), torch.randint(2**62, (), generator=generator)
 
     def heldout(self, model, move):
         loss, labels, right = 0.0, [], 0

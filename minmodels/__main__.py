@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 
 from minmodels import UserError
-from minmodels.options import MODELS
+from minmodels.options import FINETUNED, MODELS
 
 EXAMPLES = """examples:
   python -m minmodels train gpt --minutes 1
@@ -30,6 +30,16 @@ SEGMENT_EXAMPLES = """examples:
 DETECT_EXAMPLES = """examples:
   python -m minmodels detect scene.png --checkpoint runs/yolo --out found
   python -m minmodels detect folder --checkpoint runs/yolo --out found --score 0.5 --skip-corrupt"""
+FINETUNE_EXAMPLES = """examples:
+  python -m minmodels finetune gpt1 --checkpoint runs/gpt1
+  python -m minmodels finetune minbert --checkpoint runs/minbert --task topic --out runs/minbert-topic"""
+FILL_EXAMPLES = """examples:
+  python -m minmodels fill minbert --checkpoint runs/minbert "The [MASK] statement returns a value."
+  python -m minmodels fill minbert --checkpoint ~/bert-base-uncased "Paris is the [MASK] of France." --top 3"""
+CLASSIFY_EXAMPLES = """examples:
+  python -m minmodels classify minbert --checkpoint runs/minbert-topic "The first text." "The second text."
+  python -m minmodels classify gpt1 --checkpoint runs/gpt1-task "The expression list is evaluated if it present is."
+"""
 SHOWCASE_EXAMPLES = """example:
   python -m minmodels showcase --text book.txt --minutes 2 --out runs/book"""
 
@@ -69,6 +79,33 @@ def _eval(model, checkpoint, **given):
     print(told(evaluate(model, checkpoint, **given)))
 
 
+def _finetune(model, resume, overwrite, compare=True, **given):
+    from minmodels.finetune import finetune
+    from minmodels.train import told
+
+    scores, then = finetune(model, given, resume=resume, overwrite=overwrite, compare=compare)
+    for title, found in scores.items():
+        print(f"{title}: {told(found)}")
+    if then:
+        print(then)
+
+
+def _fill(model, checkpoint, text, top, device):
+    from minmodels.understand import fill
+
+    filled, masks = fill(checkpoint, text, top=top, device=device)
+    for words in masks:
+        print("  ".join(f"{word} {p:.2f}" for word, p in words))
+    print(filled)
+
+
+def _classify(model, checkpoint, texts, device):
+    from minmodels.understand import classify
+
+    for label, p in classify(model, checkpoint, tuple(texts), device=device):
+        print(f"{p:.3f}  {label}")
+
+
 def _generate(**args):
     from minmodels.generate import generate
 
@@ -104,10 +141,22 @@ def _parser() -> argparse.ArgumentParser:
     examples = "examples:\n" + "\n".join(model.examples.splitlines()[0] for model in MODELS.values())
     train = commands.add_parser("train", help="train a model", description=about, epilog=examples)
     models = train.add_subparsers(required=True, metavar="MODEL", dest="model", parser_class=new)
-    for name, model in MODELS.items():
+    for name in (name for name in MODELS if name not in FINETUNED.values()):
+        model = MODELS[name]
         about = f"Train {model.about}. Ctrl-C saves a checkpoint and stops."
         _add_options(models.add_parser(name, help=model.about, description=about, epilog="examples:\n" + model.examples), model.options)
     train.set_defaults(run=_train)
+
+    about = "Fine-tune a pretrained model on a task, and the same model from new weights beside it; both scores are printed."
+    finetune = commands.add_parser("finetune", help="fine-tune a pretrained model", description=about, epilog=FINETUNE_EXAMPLES)
+    models = finetune.add_subparsers(required=True, metavar="MODEL", dest="model", parser_class=new)
+    for name, full in FINETUNED.items():
+        model = MODELS[full]
+        tuned = models.add_parser(name, help=model.about, description=about, epilog="examples:\n" + model.examples)
+        _add_options(tuned, model.options, hidden=("scratch",))
+        help = "train the same model from new weights too, in DIR/scratch (default: yes)"
+        tuned.add_argument("--compare", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help)
+    finetune.set_defaults(run=_finetune)
 
     about = "Judge a trained model on its held-out data."
     examples = "example:\n  python -m minmodels eval gpt --checkpoint runs/book"
@@ -116,6 +165,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
     evaluate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
     evaluate.set_defaults(run=_eval)
+
+    about = "Guess the words that [MASK] stands for: the likeliest of each, and the text with them."
+    fill = commands.add_parser("fill", help="guess masked words", description=about, epilog=FILL_EXAMPLES)
+    fill.add_argument("model", choices=["minbert"])
+    fill.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or of a Hugging Face BERT")
+    fill.add_argument("text", metavar="TEXT", help="with at least one [MASK]")
+    fill.add_argument("--top", type=_whole(1), default=5, metavar="N", help="words to print for each (default: 5)")
+    fill.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    fill.set_defaults(run=_fill)
+
+    about = "Tell the class of a text, or of a pair of texts, with a fine-tuned model: the probability of each."
+    classify = commands.add_parser("classify", help="tell the class of a text", description=about, epilog=CLASSIFY_EXAMPLES)
+    classify.add_argument("model", choices=FINETUNED)
+    classify.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a fine-tuning, or its checkpoint file")
+    classify.add_argument("texts", nargs="+", metavar="TEXT", help="as many as an example of its task has")
+    classify.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    classify.set_defaults(run=_classify)
 
     about = "Write text with a trained model: the prompt, and what follows it."
     generate = commands.add_parser("generate", help="write text with it", description=about, epilog=GENERATE_EXAMPLES)
@@ -160,11 +226,13 @@ def _on_images(commands, name, about, examples):
     return parser
 
 
-def _add_options(parser, options):
+def _add_options(parser, options, hidden=()):
     length, start = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="continue the checkpoint in --out, with its options")
     start.add_argument("--overwrite", action="store_true", help="start anew although --out holds a checkpoint")
     for option in fields(options):
+        if option.name in hidden:
+            continue
         name, kind = "--" + option.name.replace("_", "-"), option.metadata
         shared = dict(default=argparse.SUPPRESS, help=kind["help"])  # a resumed run takes what is not given from its checkpoint
         if option.type is bool:

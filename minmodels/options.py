@@ -12,9 +12,9 @@ def _option(default, help, metavar, **kwargs):
     return field(default=default, metadata={"help": help, "metavar": metavar, **kwargs})
 
 
-def _default(name, value):
-    """An option of every model, with this model's default."""
-    return field(default=value, metadata=TrainOptions.__dataclass_fields__[name].metadata)
+def _default(name, value, of=None):
+    """An option of every model, or of the options `of`, with this model's default."""
+    return field(default=value, metadata=(of or TrainOptions).__dataclass_fields__[name].metadata)
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,56 @@ class YOLOOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
+class GPT1Options(TrainOptions):
+    presets = {"paper": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=40000)}  # noqa: RUF012
+
+    text: str = _default("text", "", GPTOptions)
+    lr: float = _default("lr", 0.01)
+    dtype: str = _default("dtype", "bfloat16")
+    vocab_size: int = _option(2000, "byte pairs in the vocabulary, learned from the text", "N", least=100)
+    block_size: int = _option(128, "length of a window: the longest context, in tokens", "N", least=8)
+    preset: str = _option("", "paper: 12 layers of 768, 512 tokens, 40 000 byte pairs", "NAME", choices=("paper",))
+    n_layer: int = _option(4, "transformer blocks", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(128, "width, a multiple of the heads", "N")
+    dropout: float = _option(0.1, "share of the activations that a training step drops", "P", zero=True)
+
+
+@dataclass(frozen=True)
+class BERTOptions(TrainOptions):
+    presets = {"base": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=30000)}  # noqa: RUF012
+
+    text: str = _default("text", "", GPTOptions)
+    lr: float = _default("lr", 0.01)
+    dtype: str = _default("dtype", "bfloat16")
+    vocab_size: int = _option(2000, "word pieces in the vocabulary, learned from the text", "N", least=100)
+    block_size: int = _option(128, "length of [CLS] A [SEP] B [SEP], in tokens", "N", least=8)
+    preset: str = _option("", "base: 12 layers of 768, 512 tokens, 30 000 word pieces", "NAME", choices=("base",))
+    n_layer: int = _option(4, "layers", "N")
+    n_head: int = _option(4, "attention heads", "N")
+    n_embd: int = _option(128, "width, a multiple of the heads", "N")
+
+
+@dataclass(frozen=True)
+class TaskOptions(TrainOptions):
+    """Of fine-tuning."""
+
+    checkpoint: str = _option("", "folder of a pretraining, or its checkpoint file", "DIR", data=True)
+    task: str = _option("order", "order, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
+    examples: str = _option("", "examples of the task, one a line: the class and the text or texts, split at tabs", "FILE", data=True)
+    scratch: bool = _option(False, "start from new weights instead of the pretrained ones", None)
+    steps: int = _default("steps", 300)
+    lr: float = _default("lr", 0.002)
+    dtype: str = _default("dtype", "bfloat16")
+
+
+@dataclass(frozen=True)
+class GPT1TaskOptions(TaskOptions):
+    likelihood: float = _option(0.5, "weight of the next-token loss beside the task's, lambda in the paper", "X", zero=True)
+    dropout: float = _default("dropout", 0.1, GPT1Options)
+
+
+@dataclass(frozen=True)
 class Model:
     about: str
     recipe: str  # "module:class", imported when it trains or runs
@@ -191,4 +241,37 @@ MODELS = {
   python -m minmodels train yolo --coco instances.json --images photos --minutes 60 --out runs/photos
   python -m minmodels train yolo --yolo dataset --out runs/mine""",
     ),
+    "gpt1": Model(
+        "GPT-1, stage 1: the next token of text",
+        "minmodels.recipes.gpt1:GPT1Recipe",
+        GPT1Options,
+        """  python -m minmodels train gpt1 --out runs/gpt1
+  python -m minmodels train gpt1 --text book.txt --minutes 5 --out runs/gpt1-book
+  python -m minmodels finetune gpt1 --checkpoint runs/gpt1""",
+    ),
+    "gpt1-task": Model(
+        "GPT-1, stage 2: a task, with one linear layer more",
+        "minmodels.recipes.gpt1:GPT1TaskRecipe",
+        GPT1TaskOptions,
+        """  python -m minmodels finetune gpt1 --checkpoint runs/gpt1
+  python -m minmodels finetune gpt1 --checkpoint runs/gpt1 --task topic --out runs/gpt1-topic
+  python -m minmodels finetune gpt1 --checkpoint runs/gpt1 --task entailment --examples pairs.tsv --out runs/pairs""",
+    ),
+    "minbert": Model(
+        "minBERT, the encoder of BERT: masked words, and whether a sentence follows another",
+        "minmodels.recipes.minbert:BERTRecipe",
+        BERTOptions,
+        """  python -m minmodels train minbert --out runs/minbert
+  python -m minmodels fill minbert --checkpoint runs/minbert "The [MASK] statement returns a value."
+  python -m minmodels train minbert --text book.txt --minutes 10 --out runs/minbert-book""",
+    ),
+    "minbert-task": Model(
+        "minBERT: a task on single sentences or on pairs",
+        "minmodels.recipes.minbert:BERTTaskRecipe",
+        TaskOptions,
+        """  python -m minmodels finetune minbert --checkpoint runs/minbert
+  python -m minmodels finetune minbert --checkpoint runs/minbert --task topic --out runs/minbert-topic
+  python -m minmodels finetune minbert --checkpoint ~/bert-base-uncased --task classification --examples lines.tsv""",
+    ),
 }
+FINETUNED = {"gpt1": "gpt1-task", "minbert": "minbert-task"}  # what the command finetune calls a model, and what it is

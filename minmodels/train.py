@@ -20,6 +20,10 @@ from minmodels.plot import loss_figure
 from minmodels.recipes import check_model, recipe
 
 
+class Trained(UserError):
+    """A run that has nothing left to do."""
+
+
 def train(
     name: str, given: dict, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> tuple[dict[str, float], str]:
@@ -49,7 +53,7 @@ def train(
         run.restore(tensors, meta)
     if run.progress() >= 1:
         spent = f"{run.step} steps, {run.seconds / 60:.1f} minutes"
-        raise UserError(f"{path} is trained already ({spent}): ask for more with --steps or --minutes")
+        raise Trained(f"{path} is trained already ({spent}): ask for more with --steps or --minutes")
     with files.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:

@@ -88,8 +88,12 @@ def _split_file(path: str) -> tuple[str, str]:
 
 
 def _split_topics() -> tuple[str, str]:
-    """About a tenth of the topics' text is held out, from the topics that share no paragraph with another: some topics
-    repeat others whole, and a held-out text that training has seen would measure memory."""
+    return tuple("\n\n\n".join(part) for part in split_topics())
+
+
+def split_topics() -> tuple[list[str], list[str]]:
+    """Python's help topics, whole: to learn, and held out. About a tenth of their text is held out, from the topics that share no paragraph
+    with another: some topics repeat others whole, and a held-out text that training has seen would measure memory."""
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
@@ -103,4 +107,4 @@ def _split_topics() -> tuple[str, str]:
         if len(topics[name]) <= room:
             room -= len(topics[name])
             heldout.append(name)
-    return tuple("\n\n\n".join(topics[n] for n in paragraphs if (n in heldout) == part) for part in (False, True))
+    return tuple([topics[n] for n in paragraphs if (n in heldout) == part] for part in (False, True))

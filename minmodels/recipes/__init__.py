@@ -1,5 +1,6 @@
 """What training needs to know of each model: its data, its loss, how it is judged. One model a file, beside the model's own."""
 
+import contextlib
 import functools
 import importlib
 from dataclasses import asdict
@@ -98,6 +99,14 @@ def load(name: str, checkpoint: str, device: str = "") -> tuple[nn.Module, dict]
 def check_model(name: str, meta: dict, checkpoint):
     if meta.get("model") != name:
         raise UserError(f"{checkpoint} is a checkpoint of {meta.get('model')}, not of {name}")
+
+
+@contextlib.contextmanager
+def dropping(seed: Tensor, t: Tensor):
+    """What a model on t's device drops in here is decided by seed, an int64 drawn with the batch: a resumed run drops the same."""
+    with torch.random.fork_rng(devices=[t.device] if t.is_cuda else []):
+        torch.manual_seed(int(seed))
+        yield
 
 
 def seeded(build):

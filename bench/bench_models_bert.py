@@ -1,0 +1,118 @@
+"""One training step of GPT-1 and minBERT at their default sizes, on our ops, beside the same models on PyTorch's."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from functools import cache, partial
+from types import ModuleType
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from bench.timing import max_error
+from minmodels import gpt1, minbert
+from minmodels.data import pairs
+
+
+class Case(NamedTuple):
+    name: str
+    module: ModuleType
+    model: Callable[[], torch.nn.Module]
+    batch: Callable[[], tuple[torch.Tensor, ...]]
+    dtype: torch.dtype  # float32, or the dtype of autocast
+
+    def __str__(self):
+        return f"{self.name}-{str(self.dtype).removeprefix('torch.')}"
+
+
+def windows(vocab, batch, T):
+    return torch.randint(vocab, (2, batch, T)).unbind()
+
+
+def examples(classes, S, vocab, batch, T):
+    """Of a task: ids, the places of EXTRACT, labels."""
+    return torch.randint(vocab, (batch, S, T)), torch.randint(T // 2, T, (batch, S)), torch.randint(classes, (batch,))
+
+
+def masked_pairs(vocab, batch, T):
+    """Three quarters of the sequences are full, as with short documents."""
+    ids = torch.randint(len(pairs.SPECIAL), vocab, (batch, T))
+    used = torch.where(torch.arange(batch) % 4 == 0, T // 2, T)
+    key_mask, segments = torch.arange(T) < used[:, None], (torch.arange(T) >= used[:, None] // 2).long()
+    ids, positions, labels = pairs.mask(ids.where(key_mask, pairs.PAD), vocab, torch.Generator().manual_seed(0))
+    return ids, segments, key_mask, positions, labels, torch.arange(batch) % 2
+
+
+def gpt(*sizes):
+    return partial(gpt1.GPT1, gpt1.GPT1Config(*sizes, dropout=0.0))
+
+
+def task(kind, classes, *sizes):
+    return partial(gpt1.GPT1Task, gpt1.GPT1Config(*sizes, dropout=0.0), kind, classes)
+
+
+def bert(*sizes):
+    return partial(minbert.BERT, minbert.BERTConfig(*sizes))
+
+
+def cases(dtype):
+    small = 2000, 128, 4, 4, 128
+    return [
+        Case("gpt1", gpt1, gpt(*small), partial(windows, 2000, 32, 128), dtype),
+        Case("gpt1-similarity", gpt1, task("similarity", 2, *small), partial(examples, 2, 2, 2000, 32, 48), dtype),
+        Case("minbert", minbert, bert(2000, 128, 4, 4, 512, 128), partial(masked_pairs, 2000, 32, 128), dtype),
+        Case("minbert-slice", minbert, bert(30522, 768, 2, 12, 3072, 512), partial(masked_pairs, 30522, 4, 128), dtype),  # of BERT base
+    ]
+
+
+TINY = [
+    Case("gpt1", gpt1, gpt(11, 8, 1, 2, 16), partial(windows, 11, 2, 5), torch.float32),
+    Case("minbert", minbert, bert(11, 16, 1, 2, 32, 8), partial(masked_pairs, 11, 2, 8), torch.float32),
+]
+CASES = {**dict.fromkeys(("cpu", "cuda"), cases(torch.float32) + cases(torch.bfloat16)), "tiny": TINY}
+IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+
+
+def sdpa(q, k, v, *, causal=False, key_mask=None):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=None if key_mask is None else key_mask[:, None, None])
+
+
+def linear_then_loss(input, linear_weight, target, *, linear_bias=None, ignore_index):
+    return F.cross_entropy(F.linear(input, linear_weight, linear_bias).flatten(0, -2), target.flatten(), ignore_index=ignore_index)
+
+
+def loss_of(case, model, batch, *, on_torch, autocast=None):
+    ops = {"attention": sdpa, "cross_entropy": F.cross_entropy, "linear_cross_entropy": linear_then_loss}
+    patched = mock.patch.multiple(case.module, **ops) if on_torch else contextlib.nullcontext()
+    with patched, torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
+        return model(*batch)
+
+
+def bench_step(timed, device, case, impl):
+    autocast = None if case.dtype == torch.float32 else case.dtype
+
+    def build():
+        initial, batch = case.model().to(device), [t.to(device) for t in case.batch()]
+
+        def step(model, optimizer, on_torch):
+            loss = loss_of(case, model, batch, on_torch=on_torch, autocast=autocast)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return (loss.detach(),)
+
+        @cache
+        def exact():
+            with torch.no_grad():
+                return (loss_of(case, copy.deepcopy(initial).double(), batch, on_torch=True),)
+
+        steps = {}
+        for name, on_torch in IMPLS.items():
+            model = copy.deepcopy(initial)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), on_torch)
+        return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
+
+    shape, rounds = case.batch()[0].shape, {"min_rounds": 3} if case.name == "minbert-slice" else {}
+    timed("language model step", build, shape=shape, dtype=case.dtype, tokens=shape.numel(), **rounds)

@@ -1,0 +1,76 @@
+"""BERT with its tokenizer from a folder: one of our trainings, or a Hugging Face BERT (config.json, the weights, the tokenizer)."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+
+from minmodels import UserError
+from minmodels.minbert import BERT, BERTConfig
+from minmodels.recipes import load as load_ours
+
+FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}  # what our model computes
+
+
+def load(folder: str, device: str = "") -> tuple[BERT, Tokenizer, str]:
+    """(model in evaluation mode, tokenizer, the text that it learned from: "" is our default). Raises UserError.
+
+    A Hugging Face folder may lack the heads of pretraining, as that of a sentence embedding does; they are new then, and
+    model.fresh_heads is True.
+    """
+    path = Path(folder)
+    if not (path / "config.json").exists():
+        model, meta = load_ours("minbert", folder, device)
+        return model, Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"]
+    model = from_huggingface(path)
+    return model.to(device or "cpu").eval(), _tokenizer(path), ""
+
+
+def from_huggingface(path: Path) -> BERT:
+    try:
+        given = json.loads((path / "config.json").read_text())
+        weights = path / "model.safetensors"
+        tensors = load_file(weights) if weights.exists() else torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} has no model.safetensors and no pytorch_model.bin") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    for key, value in FIXED.items():
+        if given.get(key, value) != value:
+            raise UserError(f"{path}/config.json has {key} = {given[key]!r}, and this model has {value!r}")
+    config = BERTConfig(**{f.name: given[f.name] for f in dataclasses.fields(BERTConfig) if f.name in given})
+    model = BERT(config)
+    own = model.state_dict()
+    named = {_name(key): t.float() for key, t in tensors.items()}
+    named = {key: t for key, t in named.items() if key in own}
+    missing = [key for key in own if key not in named]
+    model.fresh_heads = any(key.startswith("cls.") for key in missing)
+    lost = [key for key in missing if not key.startswith(("cls.", "bert.pooler."))]
+    wrong = [key for key, t in named.items() if t.shape != own[key].shape]
+    if lost or wrong:
+        raise UserError(f"{path} does not fit its config.json: {(lost + wrong)[0]} is {'missing' if lost else 'of another shape'}")
+    model.load_state_dict(named, strict=False)
+    return model
+
+
+def _name(key: str) -> str:
+    key = key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")  # the oldest checkpoints
+    return key if key.startswith(("bert.", "cls.")) else "bert." + key
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    if (path / "tokenizer.json").exists():
+        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
+    if not (path / "vocab.txt").exists():
+        raise UserError(f"{path} has no tokenizer.json and no vocab.txt")
+    settings = path / "tokenizer_config.json"
+    lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
+    return Tokenizer.from_str(BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=lower).to_str())

@@ -1,0 +1,226 @@
+"""GPT-1 and minBERT through the command line: pretraining, fine-tuning beside the same from scratch, fill, classify, errors."""
+
+import json
+import random
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+from minmodels import files
+from minmodels.data import documents, tasks
+from minmodels.options import FINETUNED
+from test_minmodels_cli import metrics, run, stop_after
+
+MODELS = list(FINETUNED)
+TINY = ["--vocab-size", 120, "--block-size", 40, "--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--warmup", 3]
+LENGTH = {"--steps": 8, "--eval-every": 3}
+WORDS = """the a fox dog cat farm house runs sleeps eats sees quick lazy small old brown and over under near home day night""".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """Thirty documents of eight sentences, each of other words."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("book") / "book.txt"
+    texts = []
+    for _ in range(30):
+        words = rng.sample(WORDS, 12)
+        texts.append("\n\n".join(" ".join(rng.choices(words, k=rng.randint(7, 10))).capitalize() + "." for _ in range(8)))
+    path.write_text("\n\n\n".join(texts))
+    return path
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pretrained(request, book, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    assert pretrain(request.param, book, out) == 0
+    return request.param, out
+
+
+def pretrain(model, book, out, *args):
+    return run("train", model, "--text", book, "--out", out, *TINY, "--steps", 8, "--eval-every", 3, *args)
+
+
+def finetune(pretrained, out, *args):
+    model, checkpoint = pretrained
+    return run("finetune", model, "--checkpoint", checkpoint, "--out", out, "--batch-size", 4, "--steps", 6, "--eval-every", 2, *args)
+
+
+def same(straight, broken):
+    for key in ("loss", "lr", "heldout"):
+        assert metrics(broken, key) == metrics(straight, key)
+    (tensors, _), (others, _) = (files.load_checkpoint(out) for out in (straight, broken))
+    assert tensors.keys() == others.keys() and all(torch.equal(t, others[name]) for name, t in tensors.items())
+
+
+def test_resuming_pretraining_repeats_the_losses_bit_for_bit(pretrained, book, tmp_path, monkeypatch):
+    model, straight = pretrained
+    with monkeypatch.context() as m:
+        stop_after(m, 5)
+        assert pretrain(model, book, tmp_path / "run") == 130
+    assert run("train", model, "--out", tmp_path / "run", "--resume") == 0
+    same(straight, tmp_path / "run")
+
+
+def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained, tmp_path, monkeypatch, capsys):
+    assert finetune(pretrained, tmp_path / "straight") == 0
+    printed = capsys.readouterr().out.splitlines()
+    with monkeypatch.context() as m:
+        stop_after(m, 3)
+        assert finetune(pretrained, tmp_path / "run") == 130
+    assert not (tmp_path / "run" / "scratch").exists()
+    with monkeypatch.context() as m:
+        stop_after(m, 5)
+        assert finetune(pretrained, tmp_path / "run", "--resume") == 130  # in the fifth step
+    with monkeypatch.context() as m:
+        stop_after(m, 2)
+        assert finetune(pretrained, tmp_path / "run", "--resume") == 130  # of the part from scratch
+    capsys.readouterr()
+    assert finetune(pretrained, tmp_path / "run", "--resume") == 0
+    same(tmp_path / "straight", tmp_path / "run")
+    same(tmp_path / "straight" / "scratch", tmp_path / "run" / "scratch")
+    found = capsys.readouterr().out.splitlines()
+    both = [line for line in found if line.startswith(("pretrained: ", "from scratch: "))]
+    assert len(both) == 2 and both == [line for line in printed if line.startswith(("pretrained: ", "from scratch: "))]
+    assert metrics(tmp_path / "run", "heldout") != metrics(tmp_path / "run" / "scratch", "heldout")
+    assert finetune(pretrained, tmp_path / "run", "--resume") == 2
+    assert re.search(r"error: .* is trained already \(6 steps", capsys.readouterr().err)
+
+
+TASKS = {"order": 1, "topic": 2, "next": 5}  # texts of an example
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_each_task_trains_and_classifies(pretrained, tmp_path, capsys, task):
+    model, _ = pretrained
+    status = finetune(pretrained, tmp_path / "run", "--task", task, "--no-compare")
+    if (model, task) == ("minbert", "next"):
+        assert status == 2 and "minbert learns classification, entailment, similarity, not choice\n" in capsys.readouterr().err
+        assert not (tmp_path / "run").exists()
+        return
+    assert status == 0 and "from scratch" not in capsys.readouterr().out and not (tmp_path / "run" / "scratch").exists()
+    texts = ["The fox runs.", "A dog sleeps near home.", "The day.", "The night.", "A cat."][: TASKS[task]]
+    assert run("classify", model, "--checkpoint", tmp_path / "run", *texts) == 0
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    expected = {"order": ["in order", "swapped"], "topic": ["same topic", "other topic"], "next": texts[1:]}[task]
+    p = [float(p) for p, _ in lines]
+    assert sorted(label for _, label in lines) == sorted(expected) and sum(p) == pytest.approx(1, abs=0.003) and p == sorted(p)[::-1]
+    assert run("classify", model, "--checkpoint", tmp_path / "run", *texts, "One more.") == 2
+    assert f"was fine-tuned on examples of {TASKS[task]} texts, got {TASKS[task] + 1}" in capsys.readouterr().err
+    assert run("classify", model, "--checkpoint", tmp_path / "run", *["fox " * 50] * TASKS[task]) == 2
+    assert re.search(r"error: 'fox fox .*'\.\.\.: \d+ tokens with the special ones, and the model takes 40\n", capsys.readouterr().err)
+    assert run("eval", FINETUNED[model], "--checkpoint", tmp_path / "run") == 0
+    assert f"accuracy {metrics(tmp_path / 'run', 'accuracy')[-1][1]:.3f}" in capsys.readouterr().out
+
+
+def test_fine_tuning_starts_from_the_pretrained_weights(pretrained, tmp_path):
+    model, checkpoint = pretrained
+    assert finetune(pretrained, tmp_path / "run", "--steps", 1, "--lr", 1e-9) == 0
+    before = files.load_checkpoint(checkpoint, prefix="model.")[0]
+    after, new = (files.load_checkpoint(tmp_path / "run" / part, prefix="model.")[0] for part in ("", "scratch"))
+    old, now = ("model.bert.encoder.layer.0.output.dense.weight",) * 2
+    if model == "gpt1":
+        old, now = "model.h.0.mlp.c_fc.weight", "model.transformer.h.0.mlp.c_fc.weight"
+    torch.testing.assert_close(after[now], before[old], rtol=0, atol=1e-6)
+    assert (new[now] - before[old]).abs().max() > 0.01
+
+
+LINES = [f"{'cat' if i % 2 else 'dog'}\tthe {'cat' if i % 2 else 'dog'} runs near the {w} house" for i, w in enumerate(WORDS * 3)]
+
+
+def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
+    model, _ = pretrained
+    path = tmp_path / "lines.tsv"
+    path.write_text("\n".join(LINES))
+    options = "--task", "classification", "--examples", path, "--no-compare", "--steps", 100, "--eval-every", 50, "--lr", 0.03
+    options += ("--likelihood", 0) if model == "gpt1" else ()
+    assert finetune(pretrained, tmp_path / "run", *options, "--batch-size", 8, "--dtype", "float32") == 0
+    assert metrics(tmp_path / "run", "accuracy")[-1][1] == 1.0
+    capsys.readouterr()
+    assert run("classify", model, "--checkpoint", tmp_path / "run", "the cat runs near the old farm") == 0
+    assert re.match(r"[01]\.\d+  cat\n", capsys.readouterr().out)
+
+
+FILES = {
+    "missing": ("classification", None, r"cannot read .*x\.tsv: No such file or directory"),
+    "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1,"),
+    "empty text": ("entailment", ["a\ttext\t "] * 10, r"x\.tsv, line 1: entailment has 3 fields, split at tabs, got 3, or"),
+    "one class": ("classification", ["a\ttext"] * 10, r"x\.tsv has one class, 'a': there is nothing to tell apart"),
+    "few": ("classification", ["a\ttext", "b\ttext"], r"x\.tsv is too short: a tenth is held out, and it has 2 examples"),
+    "no answer": ("choice", ["2\ttext\tone\ttwo"] * 10, r"x\.tsv, line 1: the right answer is one of 0 to 1, got '2'"),
+    "long": ("classification", ["a\ttext", "b\t" + "fox " * 60] * 10, r"\d+ tokens with the special ones, and the model takes 40"),
+    "task": ("order", ["a\ttext"], r"--task order: for a file of examples it is one of classification, entailment, similarity, choice"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_bad_examples(pretrained, tmp_path, capsys, kind):
+    task, lines, message = FILES[kind]
+    if lines:
+        (tmp_path / "x.tsv").write_text("\n".join(lines))
+    assert finetune(pretrained, tmp_path / "run", "--task", task, "--examples", tmp_path / "x.tsv") == 2
+    assert re.fullmatch(f"error: [^\n]*({message})[^\n]*\n", capsys.readouterr().err) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bad_input(model, book, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("One sentence. Two words more.")
+    other = MODELS[1 - MODELS.index(model)]
+    assert pretrain(other, book, tmp_path / "other", "--steps", 1) == 0
+    capsys.readouterr()
+    for command, message in (
+        (("train", model, "--text", tmp_path / "short.txt"), r"short\.txt is too short"),
+        (("train", model, "--text", book, *TINY, "--n-head", 3), "n_embd must be a multiple of n_head, got 16 and 3"),
+        (("finetune", model), "--checkpoint: it takes the folder of a pretraining"),
+        (("finetune", model, "--checkpoint", tmp_path / "none"), "there is no checkpoint at .*none"),
+        (("finetune", model, "--checkpoint", tmp_path / "other"), f"is a checkpoint of {other}, not of {model}"),
+        (("finetune", model, "--checkpoint", tmp_path / "other", "--task", "dance"), f"--task dance|not of {model}"),
+        (("classify", model, "--checkpoint", tmp_path / "other", "text"), f"is a checkpoint of {other}, not of {FINETUNED[model]}"),
+    ):
+        where = () if command[0] == "classify" else ("--out", tmp_path / "run")
+        assert run(*command, *where) == 2
+        assert re.fullmatch(f"error: [^\n]*({message})[^\n]*\n", capsys.readouterr().err)
+        assert not (tmp_path / "run").exists()
+
+
+def test_fill_on_a_training(book, tmp_path, capsys):
+    assert pretrain("minbert", book, tmp_path / "run") == 0
+    assert json.loads(files.load_checkpoint(tmp_path / "run")[1]["tokenizer"])["model"]["type"] == "WordPiece"
+    line = (tmp_path / "run" / files.METRICS).read_text().splitlines()[-1]
+    assert {"masked-token accuracy", "most-frequent-token baseline", "next-sentence accuracy"} < json.loads(line).keys()
+    capsys.readouterr()
+    assert run("fill", "minbert", "--checkpoint", tmp_path / "run", "The fox [MASK] near home.", "--top", 3) == 0
+    words, text = capsys.readouterr().out.splitlines()
+    assert len(words.split("  ")) == 3 and re.match(r"\S+ 0\.\d\d  ", words) and text.startswith("the fox")
+    assert run("fill", "minbert", "--checkpoint", tmp_path / "run", "The fox.") == 2
+    assert capsys.readouterr().err == "error: there is no [MASK] in 'The fox.'\n"
+
+
+@pytest.mark.parametrize("name", tasks.MADE)
+def test_the_tasks_made_of_the_help_topics(name):
+    task = tasks.load(name, "", "")
+    assert len(task.train) > 1000 and len(task.heldout) > 150
+    counts = [sum(e.label == label for e in task.heldout) for label in range(len(task.classes) or 4)]
+    assert max(counts) < 1.3 * min(counts) and (name == "next" or max(counts) == min(counts))
+    learned = {sentence for document in documents.load("").train for sentence in document}
+    assert not learned & {text for e in task.heldout for text in e.texts}
+    if name == "order":
+        for written, swapped in zip(task.heldout[::2], task.heldout[1::2], strict=True):
+            assert (written.label, swapped.label) == (0, 1) and sorted(written.texts[0].split()) == sorted(swapped.texts[0].split())
+            assert sum(a != b for a, b in zip(written.texts[0].split(), swapped.texts[0].split(), strict=True)) == 2
+    if name == "next":
+        text = documents.load("")
+        follows = {pair for document in text.heldout for pair in pairwise(document)}
+        assert all((e.texts[0], e.texts[1 + e.label]) in follows and len(set(e.texts)) == 5 for e in task.heldout)
+
+
+@pytest.mark.parametrize("command", [["finetune"], ["finetune", "gpt1"], ["finetune", "minbert"], ["fill"], ["classify"]], ids=" ".join)
+def test_help_has_examples(command, capsys):
+    assert run(*command, "--help") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"examples?:\n  python -m minmodels ", printed) and "--scratch" not in printed

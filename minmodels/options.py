@@ -79,6 +79,7 @@ class GPTOptions(BigramOptions):
     n_head: int = _option(4, "attention heads", "N")
     n_embd: int = _option(128, "width, a multiple of the heads", "N")
     dropout: float = _option(0.0, "share of the activations that a training step drops (default: 0)", "P", zero=True)
+    noise: float = _option(0.0, "share of the tokens read, on average, that training replaces by random ones (default: 0)", "P", zero=True)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from minmodels.data import adder, reverse, tokens
 from minmodels.data import text as textdata
 from minmodels.mingpt import GPT, Cache, GPTConfig
 from minmodels.options import GPT_PRESETS, MODELS, GPTOptions
+from minmodels.recipes import recipe
 from minmodels.sampling import sample
 from minmodels.transformer import Transformer, TransformerConfig
 from test_minmodels_cli import LINE, book, metrics, run, stop_after  # noqa: F401
@@ -165,6 +166,15 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(model(idx), plain(idx))
     with pytest.raises(ValueError, match=r"dropout must be from 0 to less than 1, got 1\.0"):
         GPTConfig(dropout=1.0)
+
+
+def test_noise_replaces_what_is_read_and_nothing_that_is_to_be_said(book):  # noqa: F811
+    made = [recipe("gpt")(GPTOptions(text=book, block_size=16, n_embd=8, batch_size=1000, noise=noise)) for noise in (0.0, 0.1)]
+    (clean, targets), (noisy, same) = (r.batch(torch.Generator().manual_seed(0)) for r in made)
+    assert torch.equal(targets, same) and torch.equal(clean[:, 1:], targets[:, :-1])
+    changed = (noisy != clean).double().mean(1)
+    assert changed.mean().item() == pytest.approx(0.1, abs=0.01)
+    assert changed.std() > 0.08 and (changed == 0).double().mean() > 0.2  # binomial at a fixed rate: 0.075, 0.19
 
 
 PARAMETERS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}
@@ -360,11 +370,9 @@ def test_training_sees_no_sum_that_is_held_out_in_either_order(digits):
 
 
 def test_the_adder_is_scored_by_what_it_generates(monkeypatch):
-    recipe = MODELS["adder"].recipe
-    assert recipe == "minmodels.recipes.adder:AdderRecipe"
-    from minmodels.recipes.adder import AdderRecipe, answer
+    from minmodels.recipes.adder import answer
 
-    made = AdderRecipe(MODELS["adder"].options(n_layer=1, n_head=1, n_embd=8))
+    made = recipe("adder")(MODELS["adder"].options(n_layer=1, n_head=1, n_embd=8))
 
     def generate(idx, count, **_):  # right unless the sum's last digit is 7
         a, b = idx[:, 0] * 10 + idx[:, 1], idx[:, 2] * 10 + idx[:, 3]
@@ -507,7 +515,7 @@ def test_bad_sizes_of_the_encoder_decoder():
 
 TINY = {
     "bigram": ["bigram", "--block-size", 16],
-    "gpt-dropout": ["gpt", "--block-size", 8, "--dropout", 0.3, *WIDTH],
+    "gpt-dropout": ["gpt", "--block-size", 8, "--dropout", 0.3, "--noise", 0.1, *WIDTH],
     "gpt-bpe": ["gpt", "--tokenizer", "bpe", "--vocab-size", 280, "--block-size", 8, *WIDTH],
     "adder": ["adder", *WIDTH],
     "transformer": ["transformer", "--length", 5, *WIDTH],
@@ -584,6 +592,7 @@ BAD = {
     "train gpt --tokenizer words": "invalid choice: 'words'",
     "train gpt --vocab-size 200": "must be a whole number from 256 on, got '200'",
     "train gpt --dropout 1": "error: dropout must be from 0 to less than 1, got 1.0",
+    "train gpt --noise 0.6": "error: noise must be at most 0.5, got 0.6",
     "train adder --digits 10": "error: --digits 10: at most 9",
     "train adder --n-head 3": "error: n_embd must be a multiple of n_head, got ",
     "train transformer --length 3": "must be a whole number from 4 on, got '3'",

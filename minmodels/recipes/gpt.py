@@ -76,11 +76,18 @@ class GPTRecipe(TextRecipe):
 
     def sizes(self):
         options = self.options
+        if options.noise > 0.5:
+            raise ValueError(f"noise must be at most 0.5, got {options.noise}")
         return GPTConfig(len(self.tokens), options.block_size, options.n_layer, options.n_head, options.n_embd, options.dropout)
 
     def batch(self, generator):
-        batch = super().batch(generator)
-        return (*batch, torch.randint(2**62, (), generator=generator)) if self.options.dropout else batch
+        """Ids, some of them replaced where --noise asks for it (Xie et al. 2017: it smooths, as n-gram models do), and targets; with
+        --dropout also a seed. Each window has a noise of its own, 0 to twice the average: so the model knows clean text too."""
+        idx, targets = super().batch(generator)
+        if self.options.noise:
+            replaced = torch.rand(idx.shape, generator=generator) < 2 * self.options.noise * torch.rand(len(idx), 1, generator=generator)
+            idx = torch.where(replaced, torch.randint(len(self.tokens), idx.shape, generator=generator), idx)
+        return (idx, targets, torch.randint(2**62, (), generator=generator)) if self.options.dropout else (idx, targets)
 
     def loss(self, model, idx, targets, seed=None):
         """seed: of what is dropped, drawn with the batch, so that a resumed run drops the same."""

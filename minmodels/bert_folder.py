@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 
 from minmodels import UserError
+from minmodels.device import pick_device
 from minmodels.minbert import BERT, BERTConfig
 from minmodels.recipes import load as load_ours
 
@@ -28,7 +29,7 @@ def load(folder: str, device: str = "") -> tuple[BERT, Tokenizer, str]:
         model, meta = load_ours("minbert", folder, device)
         return model, Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"]
     model = from_huggingface(path)
-    return model.to(device or "cpu").eval(), _tokenizer(path), ""
+    return model.to(pick_device(device)).eval(), _tokenizer(path), ""
 
 
 def from_huggingface(path: Path) -> BERT:

@@ -142,7 +142,8 @@ class GPT1Options(TrainOptions):
     presets = {"paper": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=40000)}  # noqa: RUF012
 
     text: str = _default("text", "", GPTOptions)
-    lr: float = _default("lr", 0.01)
+    steps: int = _default("steps", 300)
+    lr: float = _default("lr", 0.005)
     dtype: str = _default("dtype", "bfloat16")
     vocab_size: int = _option(2000, "byte pairs in the vocabulary, learned from the text", "N", least=100)
     block_size: int = _option(128, "length of a window: the longest context, in tokens", "N", least=8)
@@ -158,7 +159,9 @@ class BERTOptions(TrainOptions):
     presets = {"base": dict(n_layer=12, n_head=12, n_embd=768, block_size=512, vocab_size=30000)}  # noqa: RUF012
 
     text: str = _default("text", "", GPTOptions)
-    lr: float = _default("lr", 0.01)
+    steps: int = _default("steps", 2400)
+    eval_every: int = _default("eval_every", 200)
+    lr: float = _default("lr", 0.004)
     dtype: str = _default("dtype", "bfloat16")
     vocab_size: int = _option(2000, "word pieces in the vocabulary, learned from the text", "N", least=100)
     block_size: int = _option(128, "length of [CLS] A [SEP] B [SEP], in tokens", "N", least=8)
@@ -173,17 +176,17 @@ class TaskOptions(TrainOptions):
     """Of fine-tuning."""
 
     checkpoint: str = _option("", "folder of a pretraining, or its checkpoint file", "DIR", data=True)
-    task: str = _option("order", "order, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
+    task: str = _option("whole", "whole, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
     examples: str = _option("", "examples of the task, one a line: the class and the text or texts, split at tabs", "FILE", data=True)
     scratch: bool = _option(False, "start from new weights instead of the pretrained ones", None)
-    steps: int = _default("steps", 300)
-    lr: float = _default("lr", 0.002)
+    steps: int = _default("steps", 400)
+    lr: float = _default("lr", 0.003)
     dtype: str = _default("dtype", "bfloat16")
 
 
 @dataclass(frozen=True)
 class GPT1TaskOptions(TaskOptions):
-    likelihood: float = _option(0.5, "weight of the next-token loss beside the task's, lambda in the paper", "X", zero=True)
+    likelihood: float = _option(0.1, "weight of the next-token loss beside the task's: lambda in the paper, there 0.5", "X", zero=True)
     dropout: float = _default("dropout", 0.1, GPT1Options)
 
 

@@ -18,7 +18,7 @@ from minmodels.options import FINETUNED
 from test_minmodels_cli import metrics, run, stop_after
 
 MODELS = list(FINETUNED)
-TINY = ["--vocab-size", 120, "--block-size", 40, "--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--warmup", 3]
+TINY = ["--vocab-size", 120, "--block-size", 128, "--n-layer", 1, "--n-head", 2, "--n-embd", 16, "--batch-size", 4, "--warmup", 3]
 LENGTH = {"--steps": 8, "--eval-every": 3}
 WORDS = """the a fox dog cat farm house runs sleeps eats sees quick lazy small old brown and over under near home day night""".split()  # noqa: SIM905
 
@@ -92,7 +92,7 @@ def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained,
     assert re.search(r"error: .* is trained already \(6 steps", capsys.readouterr().err)
 
 
-TASKS = {"order": 1, "topic": 2, "next": 5}  # texts of an example
+TASKS = {"whole": 1, "topic": 2, "next": 5}  # texts of an example
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -107,13 +107,13 @@ def test_each_task_trains_and_classifies(pretrained, tmp_path, capsys, task):
     texts = ["The fox runs.", "A dog sleeps near home.", "The day.", "The night.", "A cat."][: TASKS[task]]
     assert run("classify", model, "--checkpoint", tmp_path / "run", *texts) == 0
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    expected = {"order": ["in order", "swapped"], "topic": ["same topic", "other topic"], "next": texts[1:]}[task]
+    expected = {"whole": ["one text", "two texts"], "topic": ["same topic", "other topic"], "next": texts[1:]}[task]
     p = [float(p) for p, _ in lines]
     assert sorted(label for _, label in lines) == sorted(expected) and sum(p) == pytest.approx(1, abs=0.003) and p == sorted(p)[::-1]
     assert run("classify", model, "--checkpoint", tmp_path / "run", *texts, "One more.") == 2
     assert f"was fine-tuned on examples of {TASKS[task]} texts, got {TASKS[task] + 1}" in capsys.readouterr().err
-    assert run("classify", model, "--checkpoint", tmp_path / "run", *["fox " * 50] * TASKS[task]) == 2
-    assert re.search(r"error: 'fox fox .*'\.\.\.: \d+ tokens with the special ones, and the model takes 40\n", capsys.readouterr().err)
+    assert run("classify", model, "--checkpoint", tmp_path / "run", *["fox " * 130] * TASKS[task]) == 2
+    assert re.search(r"error: 'fox fox .*'\.\.\.: \d+ tokens with the special ones, and the model takes 128\n", capsys.readouterr().err)
     assert run("eval", FINETUNED[model], "--checkpoint", tmp_path / "run") == 0
     assert f"accuracy {metrics(tmp_path / 'run', 'accuracy')[-1][1]:.3f}" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights(pretrained, tmp_path):
     if model == "gpt1":
         old, now = "model.h.0.mlp.c_fc.weight", "model.transformer.h.0.mlp.c_fc.weight"
     torch.testing.assert_close(after[now], before[old], rtol=0, atol=1e-6)
-    assert (new[now] - before[old]).abs().max() > 0.01
+    assert (new[now] - before[old]).abs().max() > 1e-4
 
 
 LINES = [f"{'cat' if i % 2 else 'dog'}\tthe {'cat' if i % 2 else 'dog'} runs near the {w} house" for i, w in enumerate(WORDS * 3)]
@@ -153,8 +153,8 @@ FILES = {
     "one class": ("classification", ["a\ttext"] * 10, r"x\.tsv has one class, 'a': there is nothing to tell apart"),
     "few": ("classification", ["a\ttext", "b\ttext"], r"x\.tsv is too short: a tenth is held out, and it has 2 examples"),
     "no answer": ("choice", ["2\ttext\tone\ttwo"] * 10, r"x\.tsv, line 1: the right answer is one of 0 to 1, got '2'"),
-    "long": ("classification", ["a\ttext", "b\t" + "fox " * 60] * 10, r"\d+ tokens with the special ones, and the model takes 40"),
-    "task": ("order", ["a\ttext"], r"--task order: for a file of examples it is one of classification, entailment, similarity, choice"),
+    "long": ("classification", ["a\ttext", "b\t" + "fox " * 130] * 10, r"\d+ tokens with the special ones, and the model takes 128"),
+    "task": ("whole", ["a\ttext"], r"--task whole: for a file of examples it is one of classification, entailment, similarity, choice"),
 }
 
 
@@ -209,10 +209,11 @@ def test_the_tasks_made_of_the_help_topics(name):
     assert max(counts) < 1.3 * min(counts) and (name == "next" or max(counts) == min(counts))
     learned = {sentence for document in documents.load("").train for sentence in document}
     assert not learned & {text for e in task.heldout for text in e.texts}
-    if name == "order":
-        for written, swapped in zip(task.heldout[::2], task.heldout[1::2], strict=True):
-            assert (written.label, swapped.label) == (0, 1) and sorted(written.texts[0].split()) == sorted(swapped.texts[0].split())
-            assert sum(a != b for a, b in zip(written.texts[0].split(), swapped.texts[0].split(), strict=True)) == 2
+    if name == "whole":
+        everything = [" ".join(" ".join(document).split()) for document in documents.load("").heldout]
+        for one, two in zip(task.heldout[::2], task.heldout[1::2], strict=True):
+            assert (one.label, two.label) == (0, 1) and one.texts[0].split()[:15] == two.texts[0].split()[:15]
+            assert any(one.texts[0] in text for text in everything) and not any(two.texts[0] in text for text in everything)
     if name == "next":
         text = documents.load("")
         follows = {pair for document in text.heldout for pair in pairwise(document)}

@@ -1,8 +1,8 @@
 """What a pretrained language model is fine-tuned on: tasks made from the documents it learned to read, or examples from a file.
 
-Every task made here has as many examples of each class as of the others, and no held-out sentence occurs among those learned from:
-    order: is a sentence as it was written, or are two neighbouring words swapped? Each sentence is there both ways, so that its words,
-        counted, say nothing.
+Every task made here has as many examples of each class as of the others, and learns from other documents than it is judged on:
+    whole: is a passage one text, or does its second half come from another document? Each half is there both ways, so that no word
+        gives the answer away: it is in what the halves have to do with each other.
     topic: are two sentences from the same document? Each sentence is there both ways, with another one as its partner.
     next: which of four sentences follows this one? All four are from the same document.
 """
@@ -10,7 +10,6 @@ Every task made here has as many examples of each class as of the others, and no
 import hashlib
 import json
 import random
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,11 +19,10 @@ from minmodels.data import text as textdata
 
 KINDS = "classification", "entailment", "similarity", "choice"  # of the texts of an example: one; two; two in no order; one and its answers
 MADE = {  # kind and classes
-    "order": ("classification", ["in order", "swapped"]),
+    "whole": ("classification", ["one text", "two texts"]),
     "topic": ("similarity", ["same topic", "other topic"]),
     "next": ("choice", []),
 }
-WORD = re.compile("[a-z]+")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def load(name: str, path: str, text: str) -> Task:
         return _read(name, path)
     if name not in MADE:
         raise UserError(f"--task {name}: it needs --examples FILE; those without are {', '.join(MADE)}")
-    make = {"order": _order, "topic": _topic, "next": _next}[name]
+    make = {"whole": _whole, "topic": _topic, "next": _next}[name]
     documents = documentsdata.load(text)
     seen = {sentence for document in documents.train for sentence in document}
     parts = make(documents.train, set(), random.Random(0)), make(documents.heldout, seen, random.Random(1))
@@ -69,15 +67,19 @@ def _sentences(document, seen):
     return [s for s in dict.fromkeys(document) if 6 <= len(s.split()) <= 30 and s not in seen]
 
 
-def _order(documents, seen, rng):
+def _whole(documents, seen, rng):
+    """Halves of 15 to 30 words, at every place where a sentence ends."""
+    places = []
+    for document in documents:
+        for i in range(1, len(document)):
+            before, after = " ".join(document[max(0, i - 30) : i]).split()[-30:], " ".join(document[i : i + 30]).split()[:30]
+            if min(len(before), len(after)) >= 15:
+                places.append((id(document), " ".join(before), " ".join(after)))
     examples = []
-    for sentence in _sentences((s for document in documents for s in document), seen):
-        words = sentence.split()  # small words without a sign: neither a capital nor a full stop gives it away
-        places = [i for i, (a, b) in enumerate(pairwise(words)) if WORD.fullmatch(a) and WORD.fullmatch(b) and a != b]
-        if places:
-            i = rng.choice(places)
-            swapped = " ".join([*words[:i], words[i + 1], words[i], *words[i + 2 :]])
-            examples += Example(0, (sentence,)), Example(1, (swapped,))
+    for document, before, after in places if len({place[0] for place in places}) > 1 else ():
+        while (other := rng.choice(places))[0] == document:
+            pass
+        examples += Example(0, (f"{before} {after}",)), Example(1, (f"{before} {other[2]}",))
     return examples
 
 

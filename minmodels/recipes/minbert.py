@@ -9,7 +9,7 @@ from minkernels import linear_token_logprobs, token_logprobs
 from minmodels import UserError
 from minmodels.data import documents as documentsdata
 from minmodels.data import pairs as pairsdata
-from minmodels.minbert import BERT, BERTClassifier, BERTConfig, pick
+from minmodels.minbert import BERT, BERTClassifier, BERTConfig, Encoder, pick
 from minmodels.options import BERTOptions
 from minmodels.recipes import Recipe, seeded
 from minmodels.recipes.task import TaskRecipe
@@ -38,17 +38,7 @@ class BERTRecipe(Recipe):
 
     @seeded
     def new(self):
-        """In the first layer equal words see each other from the start: there keys are queries (after Trockman and Kolter 2023), and
-        words weigh more than places. Whether two texts share words is what tells a next sentence, and in a few minutes training does
-        not come upon it: docs/models.md has the figures."""
-        model = BERT(self.config)
-        tables, first = model.bert.embeddings, model.bert.encoder.layer[0].attention["self"]
-        for table, std in ((tables.word_embeddings, 0.1), (tables.token_type_embeddings, 0.05), (tables.position_embeddings, 0.01)):
-            torch.nn.init.normal_(table.weight, std=std)
-        torch.nn.init.normal_(first.query.weight, std=1.36 * self.config.hidden_size**-0.5)
-        with torch.no_grad():
-            first.key.weight.copy_(first.query.weight)
-        return model
+        return _acquainted(BERT(self.config))
 
     def batch(self, generator):
         B = self.options.batch_size
@@ -110,6 +100,10 @@ class BERTTaskRecipe(TaskRecipe):
         model, tokenizer, text = bert_folder.load(checkpoint)
         return model.config, tokenizer, text, model.state_dict()
 
+    @seeded
+    def new(self):
+        return _acquainted(self.network(vars(self.config), self._about()))
+
     @staticmethod
     def inputs(tokenizer, kind, texts):
         cls, sep = map(tokenizer.token_to_id, ("[CLS]", "[SEP]"))
@@ -129,6 +123,19 @@ class BERTTaskRecipe(TaskRecipe):
     @classmethod
     def network(cls, config, task):
         return BERTClassifier(BERTConfig(**config), len(task["classes"]))
+
+
+def _acquainted(model: Encoder) -> Encoder:
+    """Equal words see each other in the first layer from the start: there keys are queries (after Trockman and Kolter 2023), and words
+    weigh more than places. Whether two texts share words is what tells a next sentence, and in a few minutes training does not come
+    upon it: docs/models.md has the figures."""
+    tables, first = model.bert.embeddings, model.bert.encoder.layer[0].attention["self"]
+    for table, std in ((tables.word_embeddings, 0.1), (tables.token_type_embeddings, 0.05), (tables.position_embeddings, 0.01)):
+        torch.nn.init.normal_(table.weight, std=std)
+    torch.nn.init.normal_(first.query.weight, std=1.36 * model.config.hidden_size**-0.5)
+    with torch.no_grad():
+        first.key.weight.copy_(first.query.weight)
+    return model
 
 
 def _key_mask(ids: Tensor, lengths: Tensor) -> Tensor:

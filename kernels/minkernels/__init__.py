@@ -8,6 +8,8 @@ from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_tok
 from minkernels.nms.ops import PaddedNMS, batched_nms, nms, nms_padded
 from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
+from minkernels.swap.api import swap, swapped, unswap
+from minkernels.swap.changes import SwapReport
 from minkernels.yolo.ops import Detections, yolo_detect
 
 __version__ = "0.1.0"
@@ -16,6 +18,7 @@ __all__ = [
     "IoUMatch",
     "PaddedNMS",
     "RescoredNMS",
+    "SwapReport",
     "TokenLogprobs",
     "attention",
     "attention_varlen",
@@ -38,6 +41,9 @@ __all__ = [
     "nms_padded",
     "sigmoid_focal_loss",
     "soft_nms",
+    "swap",
+    "swapped",
     "token_logprobs",
+    "unswap",
     "yolo_detect",
 ]

@@ -12,6 +12,8 @@ PY := $(VENV)/bin/python
 endif
 LIBRARY := kernels/minkernels/_ops.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') kernels/minkernels/_build.py
+# A process a core, each with one thread: tests are small. Those about threads ask for their own.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 STAMP := build/installed-$(subst /,_,$(PY))
 
 .PHONY: help run test aot bench lint build clean
@@ -30,11 +32,11 @@ run: build
 	$(PY) -m minmodels showcase --out runs/showcase $(if $(TEXT),--text "$(TEXT)")
 
 test: build
-	$(PY) -m pytest tests
-	TRITON_INTERPRET=1 $(PY) -m pytest tests -m interpret
+	$(PYTEST) tests
+	TRITON_INTERPRET=1 $(PYTEST) tests -m interpret
 
 aot: build
-	AOT=all $(PY) -m pytest tests/test_aot.py
+	AOT=all $(PYTEST) tests/test_aot.py
 
 bench: build
 	$(PY) -m pytest bench --benchmark-json=bench/results/local.json; status=$$?; \

@@ -323,16 +323,18 @@ def test_input_is_not_changed(library):
 @pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (0, 7)], ids=str)
 def test_token_logprobs(shape, library):
     x, target = torch.randn(shape, requires_grad=True), torch.randint(0, 7, shape[:-1])
-    ours = token_logprobs(x, target)
-    logp = x.log_softmax(-1)
-    expected = logp.gather(-1, target[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
-    assert torch.equal(ours.argmax, x.argmax(-1))
-    upstream = torch.randn(2, *shape[:-1])
-    for which in ([0], [1], [0, 1]):  # either gradient alone, and both
+    (logprob, entropy, argmax), lse = token_logprobs(x, target, return_lse=True)
+    ours, logp = (logprob, entropy, lse), x.log_softmax(-1)
+    expected = logp.gather(-1, target[..., None])[..., 0], -(logp.exp() * logp).sum(-1), x.logsumexp(-1)
+    assert torch.equal(argmax, x.argmax(-1))
+    upstream = torch.randn(3, *shape[:-1])
+    for which in ([0], [1], [2], [0, 1, 2]):  # each gradient alone, and all
         dloss = [upstream[i] for i in which]
         grads = [torch.autograd.grad([results[i] for i in which], x, dloss, retain_graph=True)[0] for results in (ours, expected)]
         torch.testing.assert_close(*grads)
-    torch.testing.assert_close(ours[:2], expected)
+    torch.testing.assert_close(ours, expected)
+    for a, b in zip(token_logprobs(x, target), (logprob, entropy, argmax), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_token_logprobs_of_rows_that_are_ignored_or_masked(library):
@@ -341,10 +343,10 @@ def test_token_logprobs_of_rows_that_are_ignored_or_masked(library):
     x[2, 1:] = -math.inf  # one class is sure
     target[2] = 0
     x.requires_grad_()
-    result = token_logprobs(x, target)
-    (dx,) = torch.autograd.grad(result.logprob.sum() + result.entropy.sum(), x)
-    assert result.logprob[1] == 0 and result.entropy[1] == 0 and result.argmax[1] == -1 and (dx[1] == 0).all()
-    assert result.logprob[2] == 0 and result.entropy[2] == 0 and (dx[2] == 0).all()
+    result, lse = token_logprobs(x, target, return_lse=True)
+    (dx,) = torch.autograd.grad(result.logprob.sum() + result.entropy.sum() + lse.sum(), x)
+    assert result.logprob[1] == 0 and result.entropy[1] == 0 and lse[1] == 0 and result.argmax[1] == -1 and (dx[1] == 0).all()
+    assert result.logprob[2] == 0 and result.entropy[2] == 0 and lse[2] == x[2, 0] and dx[2].tolist() == [1] + [0] * 8
 
 
 def test_entropy_where_the_maximum_jumps_by_more_than_a_float_holds(library):
@@ -377,7 +379,12 @@ def test_gradcheck(reduction, probs, library):
 
 def test_gradcheck_of_logprobs(library):
     x, target = make(5, 9, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: token_logprobs(x, target, softcap=5.0, logit_scale=1.2)[:2], (x.requires_grad_(),))
+
+    def floats(x):
+        result, lse = token_logprobs(x, target, softcap=5.0, logit_scale=1.2, return_lse=True)
+        return *result[:2], lse
+
+    assert torch.autograd.gradcheck(floats, (x.requires_grad_(),))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -237,13 +237,14 @@ def test_gradcheck(library):
 def test_token_logprobs(library):
     (input, weight, bias), target = make(23, 8, 31, ())
     leaves = [t.requires_grad_() for t in (input, weight, bias)]
-    ours = linear_token_logprobs(input, weight, target, linear_bias=bias, softcap=5.0, memory_budget=4 * 31 * 5)
-    theirs = token_logprobs(F.linear(input, weight, bias), target, softcap=5.0)
+    options = dict(softcap=5.0, return_lse=True)
+    ours, lse = linear_token_logprobs(input, weight, target, linear_bias=bias, memory_budget=4 * 31 * 5, **options)
+    theirs, their_lse = token_logprobs(F.linear(input, weight, bias), target, **options)
     assert torch.equal(ours.argmax, theirs.argmax)
-    upstream = torch.randn(2, 23)
-    for a, b in zip(ours[:2], theirs[:2], strict=True):
+    upstream, ours, theirs = torch.randn(3, 23), (*ours[:2], lse), (*theirs[:2], their_lse)
+    for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
-    grads = (torch.autograd.grad(result[:2], leaves, list(upstream)) for result in (ours, theirs))
+    grads = (torch.autograd.grad(result, leaves, list(upstream)) for result in (ours, theirs))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 

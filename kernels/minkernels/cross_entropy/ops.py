@@ -94,16 +94,24 @@ def cross_entropy(
 
 
 def token_logprobs(
-    input: Tensor, target: Tensor, *, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0
-) -> TokenLogprobs:
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_lse: bool = False,
+) -> TokenLogprobs | tuple[TokenLogprobs, Tensor]:
     """The log-probability of each target, the entropy of its distribution and the most probable class, in one pass over the logits.
 
     Args:
         input: (..., V) logits in nats: float16, bfloat16, float32, or float64 (CPU only); any strides.
         target: (...) int64, int32 or uint8, each 0 to V - 1 or ignore_index.
         ignore_index, softcap, logit_scale: as those of cross_entropy.
+        return_lse: also the log of the sum of exponentials of the logits as the softmax takes them.
     Returns: (logprob, entropy, argmax), each (...): nats, float32 for 16-bit logits, else the dtype of the input, both
         differentiable; argmax int64, the first of equals. An ignored row has 0, 0 and -1, and gradient 0 whatever it holds.
+        With return_lse: that and lse (...), as logprob, differentiable, 0 for an ignored row.
     Raises: as cross_entropy.
     Source: log p[y] = z[y] - lse and H = lse - sum p z, from the running sums of arXiv:1805.02867.
     """
@@ -117,7 +125,12 @@ def token_logprobs(
         results = apply(_TokenLogprobs, rows, flat, *x) if needs_grad(rows) else _token_logprobs(rows, flat, *x)
     except IndexError as error:
         raise in_place(error, target) from None
-    return TokenLogprobs(*(t.reshape(target.shape) for t in results[:3]))
+    return told(results, target, return_lse)
+
+
+def told(results, target, return_lse) -> TokenLogprobs | tuple[TokenLogprobs, Tensor]:
+    logprob, entropy, lse, argmax = (t.reshape(target.shape) for t in results[:4])
+    return (TokenLogprobs(logprob, entropy, argmax), lse) if return_lse else TokenLogprobs(logprob, entropy, argmax)
 
 
 def options(ignore_index, label_smoothing, z_loss, softcap, logit_scale) -> Options:
@@ -322,17 +335,18 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def logprobs_of(stats: Tensor, target: Tensor, ignore_index: int):
-    """(rows,) log-probability of the label, and entropy."""
-    _, d, _, rel, _, E = stats.unbind(-1)
+    """(rows,) log-probability of the label, entropy, and lse."""
+    m, d, _, rel, _, E = stats.unbind(-1)
     ignored, log_d = target == ignore_index, d.log()
-    return (-rel - log_d).masked_fill(ignored, 0.0), (log_d + E / d).masked_fill(ignored, 0.0)
+    return tuple(t.masked_fill(ignored, 0.0) for t in (-rel - log_d, log_d + E / d, m + log_d))
 
 
-def logprob_coefficients(stats: Tensor, dlogprob: Tensor | None, dentropy: Tensor | None) -> Tensor:
+def logprob_coefficients(stats: Tensor, *upstream: Tensor | None) -> Tensor:
+    """upstream: the gradients of what logprobs_of returns."""
     m, d, *_, E = stats.unbind(-1)
     zero = torch.zeros_like(m)
-    dlogprob, dentropy = zero if dlogprob is None else dlogprob, zero if dentropy is None else dentropy
-    return torch.stack([m, (-dlogprob - dentropy * (E / d)) / d, dentropy / d, -dlogprob, zero], -1)
+    dlogprob, dentropy, dlse = (zero if t is None else t for t in upstream)
+    return torch.stack([m, (dlse - dlogprob - dentropy * (E / d)) / d, dentropy / d, -dlogprob, zero], -1)
 
 
 def _token_logprobs(input, target, *options):
@@ -350,14 +364,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, target, *ctx.options = inputs
-        ctx.save_for_backward(input, target, output[3])
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.save_for_backward(input, target, output[4])
+        ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dlogprob, dentropy, _dargmax, _dstats):
-        if dlogprob is None and dentropy is None:
+    def backward(ctx, dlogprob, dentropy, dlse, _dargmax, _dstats):
+        if dlogprob is None and dentropy is None and dlse is None:
             return (None,) * 7
         input, target, stats = ctx.saved_tensors
-        k = logprob_coefficients(stats, dlogprob, dentropy)
+        k = logprob_coefficients(stats, dlogprob, dentropy, dlse)
         return softmax_grad(input, target, None, k, *ctx.options), *(None,) * 6

@@ -20,6 +20,7 @@ from minkernels.cross_entropy.ops import (
     options,
     parallel,
     scale_,
+    told,
     world_size,
 )  # fmt: skip
 from minkernels.linear_cross_entropy import reference
@@ -97,11 +98,12 @@ def linear_token_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     memory_budget: int | None = None,
-) -> TokenLogprobs:
+    return_lse: bool = False,
+) -> TokenLogprobs | tuple[TokenLogprobs, Tensor]:
     """token_logprobs(F.linear(input, linear_weight, linear_bias), target), a chunk of rows at a time: the logits never exist whole.
 
     Args: input (..., H), linear_weight (V, H), target (...); the others as those of linear_cross_entropy and token_logprobs.
-    Returns: (logprob, entropy, argmax), each (...); the backward forms the logits once more.
+    Returns: (logprob, entropy, argmax), each (...), with return_lse that and lse (...); the backward forms the logits once more.
     Raises: as linear_cross_entropy.
     """
     input, linear_weight, linear_bias, _ = _check(input, linear_weight, linear_bias, None, memory_budget, None)
@@ -114,7 +116,7 @@ def linear_token_logprobs(
         results = apply(_LinearTokenLogprobs, *args) if needs_grad(*args[:4]) else _logprobs(*args)
     except IndexError as error:
         raise in_place(error, target) from None
-    return TokenLogprobs(*(t.reshape(target.shape) for t in results[:3]))
+    return told(results, target, return_lse)
 
 
 def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
@@ -301,17 +303,17 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:4], output[3])
+        ctx.save_for_backward(*inputs[:4], output[4])
         ctx.options = inputs[4:]
-        ctx.mark_non_differentiable(*output[2:])
+        ctx.mark_non_differentiable(*output[3:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dlogprob, dentropy, *_):
-        if dlogprob is None and dentropy is None:
+    def backward(ctx, dlogprob, dentropy, dlse, *_):
+        if dlogprob is None and dentropy is None and dlse is None:
             return (None,) * 10
         *tensors, stats = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        k = logprob_coefficients(stats, dlogprob, dentropy)
+        k = logprob_coefficients(stats, dlogprob, dentropy, dlse)
         dinput, dweight, dbias, _ = linear_softmax_grad(*tensors, None, k, None, *ctx.options, wanted[0], wanted[1], wanted[3])
         return dinput if wanted[0] else None, dweight if wanted[1] else None, None, dbias if wanted[3] else None, *(None,) * 6

@@ -219,11 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--iou", type=_part, default=0.5, metavar="X", help="largest IoU of two boxes of a class (default: 0.5)")
     detect.set_defaults(run=_using(_detect))
 
-    about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
+    about = "Train each model for a little, time each op against PyTorch, and show it all on one page, DIR/index.html."
     showcase = commands.add_parser("showcase", help="see all of it in minutes", description=about, epilog=SHOWCASE_EXAMPLES)
     showcase.add_argument("--text", default="", metavar="FILE", help=_help("text"))
-    showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the results (default: runs/showcase)")
-    showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help="minutes of training (default: 1)")
+    showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the page (default: runs/showcase)")
+    minutes = "minutes that minGPT learns, the others less in proportion (default: 1)"
+    showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help=minutes)
     showcase.set_defaults(run=_showcase)
     return parser
 

@@ -153,8 +153,9 @@ def yolo_detect(
 def _iou(a: Tensor, b: Tensor) -> Tensor:
     """(..., N, 4) and (..., G, 4) x1 y1 x2 y2 -> (..., N, G)."""
     a, b = a[..., :, None, :], b[..., None, :, :]
-    inter = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    areas = ((t[..., 2:] - t[..., :2]).prod(-1) for t in (a, b))
+    w, h = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).unbind(-1)
+    areas = ((t[..., 2] - t[..., 0]) * (t[..., 3] - t[..., 1]) for t in (a, b))
+    inter = w * h
     return inter / (sum(areas) - inter).clamp(min=1e-12)
 
 

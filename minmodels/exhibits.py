@@ -41,12 +41,12 @@ def _gpt(run: Trained) -> Shown:
     from_bigram = run.folder.with_name("bigram")
     samples = [page.text("minGPT writes", _sample("gpt", run.folder))]
     try:
-        samples.append(page.text("a bigram model, which knows one letter at a time, writes", _sample("bigram", from_bigram)))
+        samples.append(page.text("the bigram model, which sees one letter, writes", _sample("bigram", from_bigram)))
     except UserError as error:
         samples.append(page.text("no bigram model beside it", str(error)))
     about = (
         f"The decoder of GPT-2, with {_spent(run)} of training. It reads characters and guesses the next one; on text that it has never "
-        f"seen it needs {loss:.2f} nats per character. A good guess of the letters alone, without any context, needs about 3."
+        f"seen it needs {loss:.2f} nats per character. Below is what it writes, beside a bigram model, which sees the last letter alone."
     )
     body = page.picture("gpt/loss.png", "minGPT's loss over the seconds of training, on what it learns and on held-out text", "44rem")
     return Shown(about, (body, page.side_by_side(*samples)), (f"{loss:.2f}", "minGPT: nats per character"))
@@ -89,7 +89,7 @@ def _minbert(run: Trained) -> Shown:
         f"tokens of unseen text; always naming the most frequent one gets {base:.1%}. Unseen sentences, each with a word or sign masked at "
         "random, and its three best guesses:"
     )
-    tile = f"{words / max(base, 1e-9):.1f}x", "minBERT: masked tokens, against the commonest"
+    tile = f"{words:.0%}", "minBERT: masked tokens right"
     return Shown(about, (page.side_by_side(*rows),), tile)
 
 
@@ -129,13 +129,14 @@ EXHIBITS = (
 
 
 def speed_section(rows: list[speed.Row], sizes: dict[str, tuple] | None) -> str:
-    most = max(row.ratio for row in rows)
     cells = []
     for row in rows:
         *begin, ratio, error, torch_error = map(escape, row.cells())
-        colour = "good" if row.ratio >= 1 else "bad"
-        cells.append((*begin, page.mark(ratio, colour) + page.bar(row.ratio / most), error, torch_error))
-    about = f"Each fused op beside PyTorch's best, timed in turn. {speed.where()}."
+        cells.append((*begin, page.mark(ratio, "good" if row.ratio >= 1 else "bad"), error, torch_error))
+    about = (
+        "Each fused op, timed in turn with PyTorch's best, or, where PyTorch has no such op, with the same in plain PyTorch, as "
+        f"--kernels torch runs it. {speed.where()}."
+    )
     return page.section("The ops", about, page.table(speed.HEAD, cells), page.text("what was timed", speed.told(sizes)))
 
 

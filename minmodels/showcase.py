@@ -5,7 +5,6 @@ The models train in processes of their own, by the commands that the page names,
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -113,8 +112,8 @@ def showcase(
         raise UserError(f"nothing can be shown: {next(iter(failures.values()))}")
     shown = {training.exhibit.name: failures[training.exhibit.name] or _show(training, text, console) for training in trainings}
 
-    with console.status("timing the ops"):
-        rows = speed.measure(seconds, sizes)
+    console.print("timing the ops")
+    rows = speed.measure(seconds, sizes)
     console.print(speed.table(rows))
     spent = (time.perf_counter() - start) / 60
     index = folder / INDEX
@@ -157,9 +156,9 @@ def _train(trainings: list[Training], deadline: float, console: Console) -> dict
                     console.print(f"{title:9}  {time.perf_counter() - training.begun:4.0f} s  {line}", soft_wrap=True)
                 for training in running:
                     _advance(bar, tasks[training.exhibit.name], training)
+                time.sleep(0.2)
                 if signals.number:
                     raise Interrupted("interrupted; no page was written", signals.number)
-                time.sleep(0.2)
         finally:
             for training in running:
                 training.stop()
@@ -193,13 +192,14 @@ def _page(info, trainings, shown, rows, sizes, spent) -> str:
                 sections.append(page.section(f"{title}: {training.exhibit.claim}", found.about, *found.body, command=command))
         else:
             sections.append(page.left_out(title, found))
-    ratios = [row.ratio for row in rows]
-    tiles.append((f"{math.exp(sum(map(math.log, ratios)) / len(ratios)):.1f}x", f"as fast as PyTorch: mean of {len(rows)} timings below"))
+    models = len(tiles)
+    tiles += [(f"{r.ratio:.1f}x", "attention in bf16: as fast as PyTorch") for r in rows if r[:2] == ("attention fwd+bwd", "bf16")]
     sections.append(exhibits.speed_section(rows, sizes))
     sections.append(page.section("This machine", "What serves each op here, and why.", page.text("python -m minkernels", str(info))))
+    cpu = " ".join(str(info).splitlines()[1].split())
     about = (
-        f"{len(tiles) - 1} small models learned from nothing on this machine, in {spent:.1f} minutes with all else on this page. They run "
-        "on the fused kernels; each section names the command that repeats it, or does it for longer and better."
+        f"{models} small models learned from nothing on this machine, in {spent:.1f} minutes with all else on this page. They run "
+        f"on the fused kernels; each section names the command that repeats it, or does it for longer and better. {cpu}."
     )
     footer = f"Written by python -m minmodels showcase, {time.strftime('%Y-%m-%d %H:%M')}. docs/models.md has what longer trainings reach."
     return page.page("minkernels: what this machine did", about, tiles, sections, footer)

@@ -123,7 +123,7 @@ def test_the_page_shows_each_model(book, tmp_path, monkeypatch, capsys):
     assert [title for title in found.sections if ": " in title] == titles and found.sections[-2:] == ["The ops", "This machine"]
     pictures = ["gpt/loss.png", "unet/segmentation.png", "yolo/detections.png", "yolo/precision_recall.png"]
     assert [src for src, _ in found.pictures] == pictures
-    for text in ("minGPT writes", "a bigram model", "nats per character", "unseen sums right", "minUNet: Dice", "minYOLO: AP50"):
+    for text in ("minGPT writes", "the bigram model", "nats per character", "unseen sums right", "minUNet: Dice", "minYOLO: AP50"):
         assert text in found.text
     assert len(re.findall(r"\d+ \+ \d+", found.text)) == 8 and "python -m minmodels train unet --images" in found.text
     if with_tokens:

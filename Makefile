@@ -18,7 +18,7 @@ STAMP := build/installed-$(subst /,_,$(PY))
 
 .PHONY: help run test aot bench lint build clean
 help:
-	@echo "make run     the showcase: what runs here, minGPT trained for a minute, a speed table (TEXT=FILE: on your text)"
+	@echo "make run     the showcase: each model trained for a little, a speed table, all on one page (TEXT=FILE: on your text)"
 	@echo "make test    every test"
 	@echo "make aot     the GPU kernels compiled for every target and head dim, not only those of make test: no spills, no TF32"
 	@echo "make bench   the benchmarks, and their report in bench/results/local"

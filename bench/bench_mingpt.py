@@ -1,16 +1,13 @@
 """One training step of minGPT on our ops, beside the same model on F.scaled_dot_product_attention and F.cross_entropy."""
 
 import copy
-from contextlib import nullcontext
 from functools import cache, partial
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 from bench.timing import max_error
-from minmodels import mingpt
+from minmodels.kernels import using
 from minmodels.mingpt import GPT, GPTConfig
 
 
@@ -39,16 +36,11 @@ CASES = {
     ],
     "tiny": [Case("tiny", TINY, 2, torch.float32)],
 }
-IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
 
 
-def sdpa(q, k, v, *, causal):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-def loss_of(model, idx, targets, *, on_torch, autocast=None):
-    ops = mock.patch.multiple(mingpt, attention=sdpa, cross_entropy=F.cross_entropy) if on_torch else nullcontext()
-    with ops, torch.autocast(idx.device.type, autocast, enabled=autocast is not None):
+def loss_of(model, idx, targets, *, kernels, autocast=None):
+    with using(kernels), torch.autocast(idx.device.type, autocast, enabled=autocast is not None):
         return model(idx, targets)
 
 
@@ -60,8 +52,8 @@ def bench_step(timed, device, case, impl):
         initial = GPT(config).to(device)
         idx, targets = torch.randint(config.vocab_size, (2, case.batch, T), device=device)
 
-        def step(model, optimizer, on_torch):
-            loss = loss_of(model, idx, targets, on_torch=on_torch, autocast=autocast)
+        def step(model, optimizer, kernels):
+            loss = loss_of(model, idx, targets, kernels=kernels, autocast=autocast)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -71,12 +63,12 @@ def bench_step(timed, device, case, impl):
         def exact():  # one sequence at a time, for the memory; every target counts, so the means may be averaged
             model, pairs = copy.deepcopy(initial).double(), zip(idx.split(1), targets.split(1), strict=True)
             with torch.no_grad():
-                return (torch.stack([loss_of(model, i, t, on_torch=True) for i, t in pairs]).mean(),)
+                return (torch.stack([loss_of(model, i, t, kernels="torch") for i, t in pairs]).mean(),)
 
         steps = {}
-        for name, on_torch in IMPLS.items():
+        for name, kernels in IMPLS.items():
             model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3), on_torch)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3), kernels)
         return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
 
     rounds = {"min_rounds": 3} if config.n_embd > 128 else {}  # seconds a step on a CPU

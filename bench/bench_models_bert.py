@@ -1,24 +1,20 @@
 """One training step of GPT-1 and minBERT at their default sizes, on our ops, beside the same models on PyTorch's."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import cache, partial
-from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 from bench.timing import max_error
 from minmodels import gpt1, minbert
 from minmodels.data import pairs
+from minmodels.kernels import using
 
 
 class Case(NamedTuple):
     name: str
-    module: ModuleType
     model: Callable[[], torch.nn.Module]
     batch: Callable[[], tuple[torch.Tensor, ...]]
     dtype: torch.dtype  # float32, or the dtype of autocast
@@ -60,33 +56,23 @@ def bert(*sizes):
 def cases(dtype):
     small = 2000, 128, 4, 4, 128
     return [
-        Case("gpt1", gpt1, gpt(*small), partial(windows, 2000, 32, 128), dtype),
-        Case("gpt1-similarity", gpt1, task("similarity", 2, *small), partial(examples, 2, 2, 2000, 32, 48), dtype),
-        Case("minbert", minbert, bert(2000, 128, 4, 4, 512, 128), partial(masked_pairs, 2000, 32, 128), dtype),
-        Case("minbert-slice", minbert, bert(30522, 768, 2, 12, 3072, 512), partial(masked_pairs, 30522, 4, 128), dtype),  # of BERT base
+        Case("gpt1", gpt(*small), partial(windows, 2000, 32, 128), dtype),
+        Case("gpt1-similarity", task("similarity", 2, *small), partial(examples, 2, 2, 2000, 32, 48), dtype),
+        Case("minbert", bert(2000, 128, 4, 4, 512, 128), partial(masked_pairs, 2000, 32, 128), dtype),
+        Case("minbert-slice", bert(30522, 768, 2, 12, 3072, 512), partial(masked_pairs, 30522, 4, 128), dtype),  # of BERT base
     ]
 
 
 TINY = [
-    Case("gpt1", gpt1, gpt(11, 8, 1, 2, 16), partial(windows, 11, 2, 5), torch.float32),
-    Case("minbert", minbert, bert(11, 16, 1, 2, 32, 8), partial(masked_pairs, 11, 2, 8), torch.float32),
+    Case("gpt1", gpt(11, 8, 1, 2, 16), partial(windows, 11, 2, 5), torch.float32),
+    Case("minbert", bert(11, 16, 1, 2, 32, 8), partial(masked_pairs, 11, 2, 8), torch.float32),
 ]
 CASES = {**dict.fromkeys(("cpu", "cuda"), cases(torch.float32) + cases(torch.bfloat16)), "tiny": TINY}
-IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
 
 
-def sdpa(q, k, v, *, causal=False, key_mask=None):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=None if key_mask is None else key_mask[:, None, None])
-
-
-def linear_then_loss(input, linear_weight, target, *, linear_bias=None, ignore_index):
-    return F.cross_entropy(F.linear(input, linear_weight, linear_bias).flatten(0, -2), target.flatten(), ignore_index=ignore_index)
-
-
-def loss_of(case, model, batch, *, on_torch, autocast=None):
-    ops = {"attention": sdpa, "cross_entropy": F.cross_entropy, "linear_cross_entropy": linear_then_loss}
-    patched = mock.patch.multiple(case.module, **ops) if on_torch else contextlib.nullcontext()
-    with patched, torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
+def loss_of(model, batch, *, kernels, autocast=None):
+    with using(kernels), torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
         return model(*batch)
 
 
@@ -96,8 +82,8 @@ def bench_step(timed, device, case, impl):
     def build():
         initial, batch = case.model().to(device), [t.to(device) for t in case.batch()]
 
-        def step(model, optimizer, on_torch):
-            loss = loss_of(case, model, batch, on_torch=on_torch, autocast=autocast)
+        def step(model, optimizer, kernels):
+            loss = loss_of(model, batch, kernels=kernels, autocast=autocast)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -106,12 +92,12 @@ def bench_step(timed, device, case, impl):
         @cache
         def exact():
             with torch.no_grad():
-                return (loss_of(case, copy.deepcopy(initial).double(), batch, on_torch=True),)
+                return (loss_of(copy.deepcopy(initial).double(), batch, kernels="torch"),)
 
         steps = {}
-        for name, on_torch in IMPLS.items():
+        for name, kernels in IMPLS.items():
             model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), on_torch)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), kernels)
         return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
 
     shape, rounds = case.batch()[0].shape, {"min_rounds": 3} if case.name == "minbert-slice" else {}

@@ -1,24 +1,20 @@
 """One training step of the language models at their default sizes, on our ops, beside the same models on PyTorch's."""
 
-import contextlib
 import copy
 from collections.abc import Callable
 from functools import cache, partial
-from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 from bench.timing import max_error
 from minmodels import bigram, mingpt, transformer
 from minmodels.data import adder, reverse
+from minmodels.kernels import using
 
 
 class Case(NamedTuple):
     name: str
-    module: ModuleType
     model: Callable[[], torch.nn.Module]
     batch: Callable[[], tuple[torch.Tensor, ...]]
     dtype: torch.dtype  # float32, or the dtype of autocast
@@ -45,10 +41,10 @@ def gpt(*sizes):
 
 def cases(dtype):
     return [
-        Case("bigram", bigram, partial(bigram.Bigram, bigram.BigramConfig(103)), partial(windows, 103, 32, 64), dtype),
-        Case("gpt-topics", mingpt, gpt(103, 256, 4, 6, 192), partial(windows, 103, 16, 256), dtype),
-        Case("adder", mingpt, gpt(10, 6, 3, 4, 64), partial(sums, 2, 128), dtype),
-        Case("transformer", transformer, reverser(2, 4, 64), partial(words, 12, 64), dtype),
+        Case("bigram", partial(bigram.Bigram, bigram.BigramConfig(103)), partial(windows, 103, 32, 64), dtype),
+        Case("gpt-topics", gpt(103, 256, 4, 6, 192), partial(windows, 103, 16, 256), dtype),
+        Case("adder", gpt(10, 6, 3, 4, 64), partial(sums, 2, 128), dtype),
+        Case("transformer", reverser(2, 4, 64), partial(words, 12, 64), dtype),
     ]
 
 
@@ -57,25 +53,16 @@ def reverser(*sizes):
 
 
 TINY = [
-    Case("bigram", bigram, partial(bigram.Bigram, bigram.BigramConfig(11)), partial(windows, 11, 2, 5), torch.float32),
-    Case("adder", mingpt, gpt(10, 3, 1, 2, 16), partial(sums, 1, 3), torch.float32),
-    Case("transformer", transformer, reverser(1, 2, 16), partial(words, 5, 3), torch.float32),
+    Case("bigram", partial(bigram.Bigram, bigram.BigramConfig(11)), partial(windows, 11, 2, 5), torch.float32),
+    Case("adder", gpt(10, 3, 1, 2, 16), partial(sums, 1, 3), torch.float32),
+    Case("transformer", reverser(1, 2, 16), partial(words, 5, 3), torch.float32),
 ]
 CASES = {**dict.fromkeys(("cpu", "cuda"), cases(torch.float32) + cases(torch.bfloat16)), "tiny": TINY}
-IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
 
 
-def sdpa(q, k, v, *, causal=False, key_mask=None):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=None if key_mask is None else key_mask[:, None, None])
-
-
-def loss_of(case, model, batch, *, on_torch, autocast=None):
-    ops = {"attention": sdpa, "cross_entropy": F.cross_entropy}
-    with contextlib.ExitStack() as stack:
-        for name in ops if on_torch else ():
-            if hasattr(case.module, name):
-                stack.enter_context(mock.patch.object(case.module, name, ops[name]))
-        stack.enter_context(torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None))
+def loss_of(model, batch, *, kernels, autocast=None):
+    with using(kernels), torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
         return model(*batch)
 
 
@@ -85,8 +72,8 @@ def bench_step(timed, device, case, impl):
     def build():
         initial, batch = case.model().to(device), [t.to(device) for t in case.batch()]
 
-        def step(model, optimizer, on_torch):
-            loss = loss_of(case, model, batch, on_torch=on_torch, autocast=autocast)
+        def step(model, optimizer, kernels):
+            loss = loss_of(model, batch, kernels=kernels, autocast=autocast)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -95,12 +82,12 @@ def bench_step(timed, device, case, impl):
         @cache
         def exact():
             with torch.no_grad():
-                return (loss_of(case, copy.deepcopy(initial).double(), batch, on_torch=True),)
+                return (loss_of(copy.deepcopy(initial).double(), batch, kernels="torch"),)
 
         steps = {}
-        for name, on_torch in IMPLS.items():
+        for name, kernels in IMPLS.items():
             model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), on_torch)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), kernels)
         return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
 
     shape = case.batch()[0].shape

@@ -1,19 +1,15 @@
 """One training step of minUNet and of minYOLO on our ops, beside the same models on plain PyTorch, and the loss of each alone."""
 
 import copy
-from contextlib import nullcontext
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import NamedTuple
-from unittest import mock
 
 import torch
-import torch.nn.functional as F
 
 from bench.timing import max_error
-from minmodels import minunet, minyolo
+from minmodels.kernels import bce_dice_loss, using
 from minmodels.minunet import UNet, UNetConfig
-from minmodels.minyolo import YOLO, YOLOConfig, encode
+from minmodels.minyolo import YOLO, YOLOConfig, encode, yolo_loss
 
 
 class Case(NamedTuple):
@@ -47,29 +43,11 @@ CASES = {
         Case("yolo", YOLOConfig(1, 3, cells=2, width=4), 2, 32, torch.float32),
     ],
 }
-IMPLS = {"minkernels": False, "torch": True}  # whether to patch in PyTorch's ops
+IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
 
 
-def plain_bce_dice(logits, target):
-    if target.dim() < logits.dim():
-        target = F.one_hot(target.long(), logits.shape[1]).movedim(-1, 1)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    target, p = target.to(logits.dtype), logits.sigmoid()
-    inter, sums = (p * target).sum((-2, -1)), p.sum((-2, -1)) + target.sum((-2, -1))
-    return F.binary_cross_entropy_with_logits(logits, target) + (1 - (2 * inter + 1) / (sums + 1)).mean()
-
-
-def plain_match(boxes, gts, *, fmt):
-    (c1, s1), (c2, s2) = boxes.split(2, -1), gts.split(2, -1)
-    inter = (torch.minimum(c1 + s1 / 2, c2 + s2 / 2) - torch.maximum(c1 - s1 / 2, c2 - s2 / 2)).clamp(min=0).prod(-1)
-    best = (inter / (s1.prod(-1) + s2.prod(-1) - inter).clamp(min=1e-12)).max(-1)
-    return SimpleNamespace(gt_best_iou=best.values, gt_best_box=best.indices)
-
-
-def loss_of(model, *batch, on_torch, autocast=None):
-    patches = mock.patch.object(minunet, "bce_dice_loss", plain_bce_dice), mock.patch.object(minyolo, "iou_match", plain_match)
-    patch = patches[isinstance(model, YOLO)] if on_torch else nullcontext()
-    with patch, torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
+def loss_of(model, *batch, kernels, autocast=None):
+    with using(kernels), torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
         return model(*batch)
 
 
@@ -96,8 +74,8 @@ def bench_step(timed, device, case, impl):
     def build():
         initial, batch = make(case, device)
 
-        def step(model, optimizer, on_torch):
-            loss = loss_of(model, *batch, on_torch=on_torch, autocast=autocast)
+        def step(model, optimizer, kernels):
+            loss = loss_of(model, *batch, kernels=kernels, autocast=autocast)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -107,12 +85,12 @@ def bench_step(timed, device, case, impl):
         def exact():
             double = [t.double() if t.is_floating_point() else t for t in batch]
             with torch.no_grad():
-                return (loss_of(copy.deepcopy(initial).double(), *double, on_torch=True),)
+                return (loss_of(copy.deepcopy(initial).double(), *double, kernels="torch"),)
 
         steps = {}
-        for name, on_torch in IMPLS.items():
+        for name, kernels in IMPLS.items():
             model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), on_torch)
+            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), kernels)
         return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
 
     timed("vision step", build, shape=(case.batch, case.config.in_channels, case.side, case.side), dtype=case.dtype, min_rounds=3)
@@ -125,23 +103,22 @@ def bench_loss(timed, device, case, impl):
         model, (x, *targets) = make(case, device)
         with torch.no_grad():
             out = model.eval()(x).to(case.dtype).requires_grad_()
-        if isinstance(model, UNet):
-            targets, losses = (targets[0],), {"minkernels": minunet.bce_dice_loss, "torch": plain_bce_dice}
-        else:
-            targets = (*targets, case.config.boxes)
-            losses = {"minkernels": minyolo.yolo_loss, "torch": mock.patch.object(minyolo, "iou_match", plain_match)(minyolo.yolo_loss)}
+        loss = bce_dice_loss if isinstance(model, UNet) else yolo_loss
+        targets = targets if isinstance(model, UNet) else [*targets, case.config.boxes]
 
-        def call(loss):
-            value = loss(out, *targets)
+        def call(kernels):
+            with using(kernels):
+                value = loss(out, *targets)
             return value.detach(), *torch.autograd.grad(value, out)
 
         @cache
         def exact():
             wide = out.detach().double().requires_grad_()
             args = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in targets]
-            value = losses["torch"](wide, *args)
+            with using("torch"):
+                value = loss(wide, *args)
             return value.detach(), *torch.autograd.grad(value, wide)
 
-        return {name: partial(call, loss) for name, loss in losses.items()}, lambda outputs: max_error(outputs, exact(), case.dtype)
+        return {name: partial(call, kernels) for name, kernels in IMPLS.items()}, lambda outputs: max_error(outputs, exact(), case.dtype)
 
     timed("vision loss", build, shape=(case.batch, case.config.in_channels, case.side, case.side), dtype=case.dtype)

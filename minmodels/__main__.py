@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 
 from minmodels import UserError
-from minmodels.options import FINETUNED, MODELS
+from minmodels.options import FINETUNED, KERNELS, MODELS
 
 EXAMPLES = """examples:
   python -m minmodels train gpt --minutes 1
@@ -132,6 +132,18 @@ def _showcase(**args):
     showcase(**args)
 
 
+def _using(run):
+    """The command `run`, with --kernels besides its other arguments."""
+
+    def command(kernels, **args):
+        from minmodels.kernels import using
+
+        with using(kernels):
+            run(**args)
+
+    return command
+
+
 def _parser() -> argparse.ArgumentParser:
     new = functools.partial(argparse.ArgumentParser, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser = new(prog="python -m minmodels", description="Small models on the kernels of minkernels.", epilog=EXAMPLES)
@@ -163,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="judge a trained model", description=about, epilog=examples)
     evaluate.add_argument("model", choices=MODELS)
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
-    evaluate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    _add_where(evaluate)
     evaluate.set_defaults(run=_eval)
 
     about = "Guess the words that [MASK] stands for: the likeliest of each, and the text with them."
@@ -172,16 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     fill.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or of a Hugging Face BERT")
     fill.add_argument("text", metavar="TEXT", help="with at least one [MASK]")
     fill.add_argument("--top", type=_whole(1), default=5, metavar="N", help="words to print for each (default: 5)")
-    fill.add_argument("--device", default="", metavar="NAME", help=_help("device"))
-    fill.set_defaults(run=_fill)
+    _add_where(fill)
+    fill.set_defaults(run=_using(_fill))
 
     about = "Tell the class of a text, or of a pair of texts, with a fine-tuned model: the probability of each."
     classify = commands.add_parser("classify", help="tell the class of a text", description=about, epilog=CLASSIFY_EXAMPLES)
     classify.add_argument("model", choices=FINETUNED)
     classify.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a fine-tuning, or its checkpoint file")
     classify.add_argument("texts", nargs="+", metavar="TEXT", help="as many as an example of its task has")
-    classify.add_argument("--device", default="", metavar="NAME", help=_help("device"))
-    classify.set_defaults(run=_classify)
+    _add_where(classify)
+    classify.set_defaults(run=_using(_classify))
 
     about = "Write text with a trained model: the prompt, and what follows it."
     generate = commands.add_parser("generate", help="write text with it", description=about, epilog=GENERATE_EXAMPLES)
@@ -195,25 +207,31 @@ def _parser() -> argparse.ArgumentParser:
     top_p = "only the likeliest tokens that together reach this probability (default: 1, all)"
     generate.add_argument("--top-p", type=_share, default=1.0, metavar="P", help=top_p)
     generate.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="the same seed, the same text (default: 0)")
-    generate.add_argument("--device", default="", metavar="NAME", help=_help("device"))
-    generate.set_defaults(run=_generate)
+    _add_where(generate)
+    generate.set_defaults(run=_using(_generate))
 
     about = "Find the class of each pixel with a trained minUNet: masks, and overlays."
     segment = _on_images(commands, "segment", about, SEGMENT_EXAMPLES)
-    segment.set_defaults(run=_segment)
+    segment.set_defaults(run=_using(_segment))
     about = "Find objects with a trained minYOLO: pictures with boxes, and detections.json."
     detect = _on_images(commands, "detect", about, DETECT_EXAMPLES)
     detect.add_argument("--score", type=_part, default=0.25, metavar="X", help="least score of a detection (default: 0.25)")
     detect.add_argument("--iou", type=_part, default=0.5, metavar="X", help="largest IoU of two boxes of a class (default: 0.5)")
-    detect.set_defaults(run=_detect)
+    detect.set_defaults(run=_using(_detect))
 
-    about = "Show what runs on this machine; train minGPT, sample from it, draw its loss; time each fused op against PyTorch."
+    about = "Train each model for a little, time each op against PyTorch, and show it all on one page, DIR/index.html."
     showcase = commands.add_parser("showcase", help="see all of it in minutes", description=about, epilog=SHOWCASE_EXAMPLES)
     showcase.add_argument("--text", default="", metavar="FILE", help=_help("text"))
-    showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the results (default: runs/showcase)")
-    showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help="minutes of training (default: 1)")
+    showcase.add_argument("--out", default="runs/showcase", metavar="DIR", help="folder of the page (default: runs/showcase)")
+    minutes = "minutes that minGPT learns, the others less in proportion (default: 1)"
+    showcase.add_argument("--minutes", type=_positive, default=1.0, metavar="M", help=minutes)
     showcase.set_defaults(run=_showcase)
     return parser
+
+
+def _add_where(parser):
+    parser.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    parser.add_argument("--kernels", default="fused", choices=KERNELS, help=_help("kernels") + " (default: fused)")
 
 
 def _on_images(commands, name, about, examples):
@@ -222,7 +240,7 @@ def _on_images(commands, name, about, examples):
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave out files that are damaged, and name them")
-    parser.add_argument("--device", default="", metavar="NAME", help=_help("device"))
+    _add_where(parser)
     return parser
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minkernels import cross_entropy
+from minmodels.kernels import cross_entropy
 from minmodels.sampling import sample
 
 

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from minkernels import yolo_detect
 from minmodels import UserError, files
 from minmodels.data import images
 from minmodels.data.detection import Scene
+from minmodels.kernels import yolo_detect
 from minmodels.minyolo import YOLO
 from minmodels.recipes import load
 from minmodels.segment import COLORS

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minkernels import attention, cross_entropy, linear_cross_entropy
+from minmodels.kernels import attention, cross_entropy, linear_cross_entropy
 
 START, DELIMITER, EXTRACT = 1, 2, 3  # token ids of every vocabulary that we train; 0 is what the vocabulary lacks
 

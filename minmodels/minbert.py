@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minkernels import attention, cross_entropy, linear_cross_entropy
+from minmodels.kernels import attention, cross_entropy, linear_cross_entropy
 
 
 @dataclass(frozen=True)

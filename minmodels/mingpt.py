@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minkernels import attention, cross_entropy
+from minmodels.kernels import attention, cross_entropy
 from minmodels.sampling import sample
 
 

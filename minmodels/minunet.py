@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minkernels import bce_dice_loss
+from minmodels.kernels import bce_dice_loss
 
 
 @dataclass(frozen=True)

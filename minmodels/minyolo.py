@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minkernels import iou_match
+from minmodels.kernels import iou_match
 
 
 @dataclass(frozen=True)

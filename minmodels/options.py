@@ -4,7 +4,8 @@ checkpoint remembers. No torch here."""
 from dataclasses import dataclass, field
 
 DTYPES = "float32", "bfloat16"
-FREE = "out", "steps", "minutes", "eval_every", "device", "compile"  # a resumed run may change these, and where its data lie
+KERNELS = "fused", "torch"  # minmodels.kernels
+FREE = "out", "steps", "minutes", "eval_every", "device", "compile", "kernels"  # a resumed run may change these, and where its data lie
 
 
 def _option(default, help, metavar, **kwargs):
@@ -30,6 +31,7 @@ class TrainOptions:
     seed: int = _option(0, "seed of the weights and of the batches (default: 0)", "S", least=0)
     device: str = _option("", "cpu, cuda, cuda:1 ... (default: cuda if there is one)", "NAME")
     dtype: str = _option("float32", "float32 or bfloat16: of the activations, the weights are float32", "TYPE", choices=DTYPES)
+    kernels: str = _option("fused", "fused: the ops of minkernels; torch: the same in plain PyTorch", "KIND", choices=KERNELS)
     compile: bool = _option(False, "torch.compile the model", None)
     batch_size: int = _option(32, "examples in one batch", "N")
     accumulate: int = _option(1, "batches in one optimizer step", "N")

@@ -1,138 +1,205 @@
-"""What `make run` shows: this machine, minGPT trained for a minute, its text, its loss curve, and each fused op timed."""
+"""What `make run` shows: each model trained for a little, and one page of what they do and how fast the ops are on this machine.
 
-import itertools
-import statistics
+The models train in processes of their own, by the commands that the page names, one on each core where there are several.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 import torch
-import torch.nn.functional as F
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from rich.progress import BarColumn, Progress, TextColumn
 
 import minkernels
-from minkernels import attention, cross_entropy
-from minmodels import files
-from minmodels.device import pick_device
-from minmodels.generate import generate
-from minmodels.options import GPTOptions
-from minmodels.train import Run, train
+from minmodels import Interrupted, UserError, exhibits, files, page, speed
+from minmodels.data import text as textdata
+from minmodels.train import Signals, told
 
-SIZES = {"attention": (1, 8, 2048, 128), "cross_entropy": (1024, 32000)}  # (B, H, T, D), causal; (N, V)
-OPS = {  # ours, PyTorch's best, and a part of the inputs that alone decides the same part of the results
-    "attention": (partial(attention, causal=True), partial(F.scaled_dot_product_attention, is_causal=True), lambda t: t[:, :1]),
-    "cross_entropy": (partial(cross_entropy, reduction="sum"), partial(F.cross_entropy, reduction="sum"), lambda t: t[:64]),
-}
-
-CAPTION = """attention: {attention}, causal; torch: F.scaled_dot_product_attention
-cross_entropy: {cross_entropy}; torch: F.cross_entropy
-ms: medians of calls in turn; ratio: how many times as fast as PyTorch
-error: of the results, or the gradients: max |x - fp64| / max |fp64|"""
+TRAIN = [sys.executable, "-m", "minmodels", "train"]
+GRACE = 90.0  # seconds at most for what a training does besides its steps: loading, evaluating, drawing
+USUAL = 8.0  # what that takes on a machine that nobody else uses
+BUDGET = 285.0  # seconds for all trainings: on a busy machine the later ones get less time, so that `make run` stays under six minutes
+INDEX = "index.html"
 
 
-def showcase(text: str = "", out: str = "runs/showcase", minutes: float = 1.0, sizes: dict = SIZES, seconds: float = 2.0):
-    """Trains for `minutes`, times each op for `seconds`, and writes checkpoint.safetensors, metrics.jsonl, loss.png, sample.txt
-    and ops.txt into out. Raises UserError."""
-    console, folder = Console(highlight=False, markup=False), Path(out)
-    console.rule("this machine")
-    info = minkernels.info()
-    print(info)
-    console.rule("training")
-    fast = info.cpu_level == "avx512_bf16" or torch.cuda.is_available()  # elsewhere bfloat16 is emulated
-    options = {"text": text, "out": out, "minutes": minutes, "dtype": "bfloat16" if fast else "float32"}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(_training_threads(options))
-    heldout = train("gpt", options, overwrite=True, console=console)[0]["heldout"]
-    torch.set_num_threads(threads)
-    console.rule("a sample")
-    vocab = files.load_checkpoint(folder, prefix="model.")[1]["vocab"]
-    sample = generate(out, prompt="The " if set("The ") <= set(vocab) else "", tokens=500, seed=1)
-    print(sample)
-    console.rule("fused ops")
-    table = ops_table(sizes, seconds)
-    console.print(table)
+@dataclass
+class Training:
+    """A process that trains the model of an exhibit into folder."""
+
+    exhibit: exhibits.Exhibit
+    command: list[str]
+    folder: Path
+    limit: float  # seconds in which the model learns
+    process: subprocess.Popen | None = None
+    errors: IO = field(default_factory=lambda: tempfile.TemporaryFile("w+"))  # noqa: SIM115  unlike a pipe, it is never full
+    begun: float = 0.0
+
+    def start(self, threads: int, scale: float):
+        self.limit *= scale
+        self.command += ["--minutes", f"{self.limit / 60:.3g}"]
+        environment, nothing = {**os.environ, "OMP_NUM_THREADS": str(threads)}, subprocess.DEVNULL
+        self.begun = time.perf_counter()
+        for name in (files.CHECKPOINT, files.METRICS):  # of an earlier showcase
+            (self.folder / name).unlink(missing_ok=True)
+        self.process = subprocess.Popen([*TRAIN, *self.command], stdin=nothing, stdout=nothing, stderr=self.errors, env=environment)
+
+    def done(self) -> bool:
+        if self.process.poll() is None and time.perf_counter() - self.begun > self.limit + GRACE:
+            self.stop()
+        return self.process.poll() is not None
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+            self.process.kill()
+            self.process.wait()
+
+    def last(self, key: str) -> dict:
+        """Of the lines in the last part of its metrics, the last one with that key; {} if there is none yet."""
+        try:
+            with (self.folder / files.METRICS).open("rb") as f:
+                f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
+                lines = f.read().decode().split("\n")[:-1]  # the last one may be half written, and so may the first be cut
+        except FileNotFoundError:
+            return {}
+        return next((json.loads(line) for line in reversed(lines) if line.startswith("{") and f'"{key}"' in line), {})
+
+    def scores(self) -> dict:
+        return self.last("heldout")
+
+    def failure(self) -> str:
+        """One sentence of why it ended early; "" if it did not."""
+        if not self.process.returncode:
+            return ""
+        if time.perf_counter() - self.begun > self.limit + GRACE:
+            return f"it was not done after {self.limit + GRACE:.0f} seconds"
+        self.errors.seek(0)
+        lines = self.errors.read().strip().splitlines()
+        return lines[-1].removeprefix("error: ") if lines else f"the training ended with status {self.process.returncode}"
+
+
+def showcase(
+    text: str = "", out: str = "runs/showcase", minutes: float = 1.0, seconds: float = 0.7, sizes: dict[str, tuple] | None = None
+):
+    """Writes out/index.html, and a folder beside it for each model, as `train` leaves it.
+
+    text: a file for the language models. minutes: those in which minGPT learns; the others have less, in proportion. seconds, sizes: of
+    the speed table, see speed.measure. What cannot be done here is left out with a sentence that says why, and the rest goes on.
+    Raises: UserError for a text that cannot be read, a folder that cannot be written, and if no model could be trained; Interrupted.
+    """
+    console, folder, start = Console(highlight=False, markup=False), Path(out), time.perf_counter()
+    if text:
+        textdata.read(text)
     with files.writing(folder):
-        (folder / "sample.txt").write_text(sample + "\n")
-        with (folder / "ops.txt").open("w") as f:
-            Console(file=f, width=120).print(table)
-    console.rule("done")
-    print(f"held-out loss {heldout:.3f} nats per character after {minutes:g} minutes of training")
-    print(f"in {folder}: loss.png, sample.txt, ops.txt (the table), {files.METRICS} (each step), {files.CHECKPOINT} (the model)")
-    print(f"more text: python -m minmodels generate gpt --checkpoint {folder} --prompt 'The '")
+        folder.mkdir(parents=True, exist_ok=True)
+    info = minkernels.info()
+    console.print("\n".join(str(info).splitlines()[:3]), soft_wrap=True)  # versions, CPU, GPU
+    fast = info.cpu_level == "avx512_bf16" or torch.cuda.is_available()  # elsewhere bfloat16 is emulated
+    trainings = [_training(exhibit, folder, text, minutes, fast) for exhibit in exhibits.EXHIBITS]
+    failures = _train(trainings, start + BUDGET * max(1, minutes), console)
+    if all(failures.values()):
+        raise UserError(f"nothing can be shown: {next(iter(failures.values()))}")
+    shown = {training.exhibit.name: failures[training.exhibit.name] or _show(training, text, console) for training in trainings}
+
+    console.print("timing the ops")
+    rows = speed.measure(seconds, sizes)
+    console.print(speed.table(rows))
+    spent = (time.perf_counter() - start) / 60
+    index = folder / INDEX
+    with files.writing(index):
+        part = index.with_name(INDEX + ".part")
+        part.write_text(_page(info, trainings, shown, rows, sizes, spent), encoding="utf-8")
+        os.replace(part, index)
+    console.print(f"{spent:.1f} minutes. The page: {index}", soft_wrap=True)
 
 
-def ops_table(sizes: dict[str, tuple], seconds: float) -> Table:
-    """Each op beside PyTorch's: median ms, how many times as fast, and the errors of both."""
-    device = pick_device("")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    title = f"minkernels against PyTorch {torch.__version__} ({where})"
-    layout = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True, "caption_justify": "left"}
-    table = Table(title=title, caption=CAPTION.format(**sizes), **layout)
-    for name in ("op", "dtype", "ms", "torch ms", "ratio", "error", "torch err"):
-        table.add_column(name, justify="left" if name in ("op", "dtype") else "right", no_wrap=True)
-    for op, backward in (("attention", False), ("attention", True), ("cross_entropy", True)):
-        for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            ours, theirs, part = OPS[op]
-            inputs, do = _inputs(op, sizes[op], dtype, device)
-            parts = ([part(t).double() if t.is_floating_point() else part(t) for t in ts] for ts in (inputs, do))
-            exact = _call(theirs, *parts, backward)
-            calls = [partial(_call, fn, inputs, do, backward) for fn in (ours, theirs)]
-            errors = [max(_error(part(a), e) for a, e in zip(call(), exact, strict=True)) for call in calls]
-            ms = _in_turns(calls, seconds)
-            table.add_row(
-                f"{op} {'fwd+bwd' if backward else 'fwd'}",
-                short,
-                *(f"{t:.4g}" for t in ms),
-                f"{ms[1] / ms[0]:.2f}x",
-                *(f"{e:.1e}" for e in errors),
-            )
-    return table
+def _training(exhibit: exhibits.Exhibit, folder: Path, text: str, minutes: float, fast: bool) -> Training:
+    place = folder / exhibit.name
+    options = [*exhibit.options.split(), *(["--text", text] if text and exhibit.reads_text else [])]
+    options += ["--dtype", "bfloat16" if fast and exhibit.bfloat16 else "float32"]
+    return Training(exhibit, [exhibit.name, *options, "--overwrite", "--out", str(place)], place, 60 * exhibit.minutes * minutes)
 
 
-def _training_threads(options: dict) -> int:
-    """All threads, or one if a step is faster so: where other programs are busy, threads wait for each other most of the time."""
-    run = Run("gpt", GPTOptions(**options))
-    counts = torch.get_num_threads(), 1
-    seconds = dict.fromkeys(counts, 0.0)
-    for i, threads in itertools.product(range(5), counts):
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        run.train_step()
-        seconds[threads] += time.perf_counter() - start if i else 0.0  # the first one warms up
-    return min(counts, key=seconds.get)
+def _train(trainings: list[Training], deadline: float, console: Console) -> dict[str, str]:
+    """Trains them all by the deadline, as many at a time as there are cores, at most 4; returns why each is left out, "" if it is not."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    lanes = min(4, cores)
+    waiting, running, failures = sorted(trainings, key=lambda t: -t.limit), [], {}
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), console=console, disable=not console.is_terminal, transient=True)
+    tasks = {}
+    with Signals() as signals, bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < lanes:
+                    needed = sum(t.limit + USUAL for t in waiting) / lanes
+                    running.append(waiting.pop(0))
+                    running[-1].start(max(1, cores // lanes), min(1, max(0.1, (deadline - time.perf_counter()) / needed)))
+                    tasks[running[-1].exhibit.name] = bar.add_task(f"{running[-1].exhibit.title:9}", total=running[-1].limit)
+                for training in [t for t in running if t.done()]:
+                    running.remove(training)
+                    name, title = training.exhibit.name, training.exhibit.title
+                    bar.remove_task(tasks[name])
+                    failures[name] = failure = training.failure()
+                    scores = {key: value for key, value in training.scores().items() if key not in ("step", "seconds")}
+                    line = f"left out: {failure}" if failure else told(scores)
+                    console.print(f"{title:9}  {time.perf_counter() - training.begun:4.0f} s  {line}", soft_wrap=True)
+                for training in running:
+                    _advance(bar, tasks[training.exhibit.name], training)
+                time.sleep(0.2)
+                if signals.number:
+                    raise Interrupted("interrupted; no page was written", signals.number)
+        finally:
+            for training in running:
+                training.stop()
+    return failures
 
 
-def _inputs(op: str, size: tuple, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-    """The arguments of an op, and the gradient of its result unless that is a scalar."""
-    if op == "attention":
-        *qkv, do = torch.randn(4, *size, device=device, dtype=dtype).unbind()
-        return qkv, [do]
-    return [torch.randn(size, device=device, dtype=dtype), torch.randint(size[1], size[:1], device=device)], []
+def _show(training: Training, text: str, console: Console) -> exhibits.Shown | str:
+    """What it has to show, or why it has nothing: a failure here is its own, and the others go on."""
+    try:
+        return training.exhibit.show(exhibits.Trained(training.folder, training.scores(), text))
+    except Exception as error:
+        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        console.print(f"{training.exhibit.title:9}  left out: {why}", soft_wrap=True)
+        return why
 
 
-def _call(fn: Callable, inputs: list[Tensor], do: list[Tensor], backward: bool) -> tuple[Tensor, ...]:
-    if not backward:
-        return (fn(*inputs),)
-    inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in inputs]
-    return torch.autograd.grad(fn(*inputs), [t for t in inputs if t.requires_grad], do or None)
+def _advance(bar: Progress, task, training: Training):
+    if step := training.last("loss"):
+        description = f"{training.exhibit.title:9}  step {step['step']:5d}  loss {step['loss']:.3f}"
+        bar.update(task, completed=step["seconds"], description=description)
 
 
-def _error(actual: Tensor, exact: Tensor) -> float:
-    return ((actual - exact).abs().max() / exact.abs().max()).item()
-
-
-def _in_turns(calls: list[Callable], seconds: float) -> list[float]:
-    """The median ms of each call, measured A B A B ..., so that other load on the machine slows them alike."""
-    samples, end = [[] for _ in calls], time.perf_counter() + seconds
-    while len(samples[0]) < 5 or time.perf_counter() < end:
-        for call, ms in zip(calls, samples, strict=True):
-            start = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            ms.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(ms) for ms in samples]
+def _page(info, trainings, shown, rows, sizes, spent) -> str:
+    sections, tiles = [], []
+    for training in trainings:
+        title, found = training.exhibit.title, shown[training.exhibit.name]
+        if isinstance(found, exhibits.Shown):
+            command = " ".join(["python -m minmodels train", *training.command])
+            tiles.append(found.tile)
+            if found.body:
+                sections.append(page.section(f"{title}: {training.exhibit.claim}", found.about, *found.body, command=command))
+        else:
+            sections.append(page.left_out(title, found))
+    models = len(tiles)
+    tiles += [(f"{r.ratio:.1f}x", "attention in bf16: as fast as PyTorch") for r in rows if r[:2] == ("attention fwd+bwd", "bf16")]
+    sections.append(exhibits.speed_section(rows, sizes))
+    sections.append(page.section("This machine", "What serves each op here, and why.", page.text("python -m minkernels", str(info))))
+    cpu = " ".join(str(info).splitlines()[1].split())
+    about = (
+        f"{models} small models learned from nothing on this machine, in {spent:.1f} minutes with all else on this page. They run "
+        f"on the fused kernels; each section names the command that repeats it, or does it for longer and better. {cpu}."
+    )
+    footer = f"Written by python -m minmodels showcase, {time.strftime('%Y-%m-%d %H:%M')}. docs/models.md has what longer trainings reach."
+    return page.page("minkernels: what this machine did", about, tiles, sections, footer)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minmodels import Interrupted, UserError, files
 from minmodels.device import pick_device
+from minmodels.kernels import using
 from minmodels.options import FREE, MODELS, TrainOptions
 from minmodels.plot import loss_figure
 from minmodels.recipes import check_model, recipe
@@ -133,7 +134,8 @@ class Run:
 
     def __str__(self):
         size = sum(p.numel() for p in self.model.parameters())
-        return f"{self.name}, {size / 1e6:.2f} M parameters, {self.options.dtype} on {self.device}, learns {self.recipe.data}"
+        how = f"{self.options.dtype} on {self.device}, {self.options.kernels} kernels"
+        return f"{self.name}, {size / 1e6:.2f} M parameters, {how}, learns {self.recipe.data}"
 
     def progress(self) -> float:
         """0 to 1, by steps or by minutes."""
@@ -166,7 +168,7 @@ class Run:
     def heldout(self) -> dict[str, float]:
         """The scores on held-out data; the time that they take is not counted."""
         self.model.eval()
-        with self._autocast():
+        with using(self.options.kernels), self._autocast():
             scores = self.recipe.heldout(self.model, lambda t: t.to(self.device))
         self.model.train()
         self.clock = time.perf_counter()
@@ -175,7 +177,8 @@ class Run:
     @torch.no_grad()
     def finish(self, folder: Path) -> str:
         self.model.eval()
-        return self.recipe.finish(self.model, folder)
+        with using(self.options.kernels):
+            return self.recipe.finish(self.model, folder)
 
     def finite(self, loss: float) -> float:
         if not math.isfinite(loss):
@@ -226,7 +229,7 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16) if self.options.dtype == "bfloat16" else contextlib.nullcontext()
 
     def _loss(self, *batch: Tensor) -> Tensor:
-        with self._autocast():
+        with using(self.options.kernels), self._autocast():
             return self.recipe.loss(self.called, *(t.to(self.device) for t in batch))
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minkernels import attention, cross_entropy
+from minmodels.kernels import attention, cross_entropy
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ pytest.importorskip("tokenizers")
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from minmodels import UserError, bert_folder, minbert
+from minmodels import UserError, bert_folder
 from minmodels.data import documents, pairs
+from minmodels.kernels import using
 from minmodels.minbert import BERT, BERTClassifier, BERTConfig
+from minmodels.options import KERNELS
 from minmodels.understand import fill
 
 SMALL = BERTConfig(40, 16, 2, 2, 32, 12)
@@ -70,35 +72,21 @@ def test_bert_base_has_its_110_million_parameters():
         assert sum(p.numel() for p in BERT(BERTConfig()).parameters()) == 110_106_428
 
 
-def plain_attention(q, k, v, *, key_mask):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask[:, None, None, :])
-
-
-def plain_linear_cross_entropy(x, weight, labels, *, linear_bias, ignore_index):
-    return F.cross_entropy(F.linear(x, weight, linear_bias).flatten(0, -2), labels.flatten(), ignore_index=ignore_index)
-
-
-def on_torch(monkeypatch):
-    monkeypatch.setattr(minbert, "attention", plain_attention)
-    monkeypatch.setattr(minbert, "cross_entropy", F.cross_entropy)
-    monkeypatch.setattr(minbert, "linear_cross_entropy", plain_linear_cross_entropy)
-
-
-def test_loss_and_gradients_are_those_of_pytorchs_ops(device, monkeypatch):
+def test_loss_and_gradients_are_those_of_pytorchs_ops(device):
     model, inputs = random(BERT(SMALL)).to(device), batch(device)
     losses, gradients = [], []
-    for _ in range(2):
-        losses.append(model(*inputs))
+    for kernels in KERNELS:
+        with using(kernels):
+            losses.append(model(*inputs))
         gradients.append(torch.autograd.grad(losses[-1], list(model.parameters())))
-        on_torch(monkeypatch)
     torch.testing.assert_close(*losses)
     for a, b in zip(*gradients, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-7
 
 
-def test_fifty_steps_agree_with_pytorchs_ops(device, monkeypatch):
+def test_fifty_steps_agree_with_pytorchs_ops(device):
     initial, runs = random(BERT(SMALL), 0.05).state_dict(), []
-    for _ in range(2):
+    for kernels in KERNELS:
         model = BERT(SMALL).to(device)
         model.load_state_dict(initial)
         optimizer, generator = torch.optim.SGD(model.parameters(), 0.1), torch.Generator().manual_seed(0)
@@ -106,13 +94,13 @@ def test_fifty_steps_agree_with_pytorchs_ops(device, monkeypatch):
         for _ in range(50):
             ids, segments, key_mask, positions, _, other = batch("cpu")
             ids, positions, labels = pairs.mask(torch.randint(5, 40, ids.shape, generator=generator), 40, generator)
-            loss = model(*(t.to(device) for t in (ids, segments, key_mask, positions, labels, other)))
+            with using(kernels):
+                loss = model(*(t.to(device) for t in (ids, segments, key_mask, positions, labels, other)))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
         runs.append(torch.tensor(losses))
-        on_torch(monkeypatch)
     assert (runs[0] - runs[1]).abs().max() < 2e-4 and runs[0].std() > 0.01
 
 

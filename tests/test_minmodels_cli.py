@@ -21,7 +21,6 @@ from minmodels import files, plot, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
 from minmodels.options import GPTOptions
-from minmodels.showcase import ops_table, showcase
 
 TINY = ["--block-size", "16", "--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--batch-size", "4", "--warmup", "3"]
 LINE = "the quick brown fox jumps over the lazy dog.\n"
@@ -335,26 +334,3 @@ def test_loss_curve(tmp_path):
     raw, mean, heldout = axes.get_lines()
     assert len(raw.get_xdata()) == 250 and len(mean.get_xdata()) == 125 and list(heldout.get_ydata()) == [1.1, 1.0]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out"]
-
-
-def test_showcase(book, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "show"
-    sizes = {"attention": (1, 2, 33, 16), "cross_entropy": (70, 50)}
-    showcase(book, str(out), minutes=0.01, sizes=sizes, seconds=0.01)
-    printed = capsys.readouterr().out
-    assert set(os.listdir(out)) == {files.CHECKPOINT, files.METRICS, "sample.txt", "ops.txt", "loss.png"}
-    assert (out / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (out / "loss.png").stat().st_size > 20_000
-    for line in (out / "ops.txt").read_text().splitlines():
-        assert line.rstrip() in printed
-    assert "held-out loss" in printed and len((out / "sample.txt").read_text()) == 501
-
-
-def test_ops_table_measures_both_and_judges_both():
-    table = ops_table({"attention": (1, 2, 40, 16), "cross_entropy": (70, 50)}, seconds=0.01)
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert [row[:2] for row in rows] == [
-        (op, dtype) for op in ("attention fwd", "attention fwd+bwd", "cross_entropy fwd+bwd") for dtype in ("fp32", "bf16")
-    ]
-    for _, dtype, ours, theirs, ratio, *errors in rows:
-        assert float(ours) > 0 and float(theirs) > 0 and ratio.endswith("x")
-        assert all(1e-9 < float(e) < (1e-5 if dtype == "fp32" else 3e-2) for e in errors)

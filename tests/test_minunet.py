@@ -3,24 +3,16 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("PIL")  # of the extra "models"
 from importlib.metadata import PackageNotFoundError, distribution
 
-from minmodels import UserError, minunet
+from minmodels import UserError
 from minmodels.data import images, masks
+from minmodels.kernels import using
 from minmodels.minunet import UNet, UNetConfig
+from minmodels.options import KERNELS
 from vision_cases import squares
-
-
-def plain_bce_dice(logits, target):
-    """Of F's ops: the mean BCE, and the mean over images and classes of 1 - (2 I + 1) / (P + T + 1)."""
-    if target.dim() < logits.dim():
-        target = F.one_hot(target.long(), logits.shape[1]).movedim(-1, 1)
-    target, p = target.to(logits.dtype), logits.sigmoid()
-    inter, sums = (p * target).sum((-2, -1)), p.sum((-2, -1)) + target.sum((-2, -1))
-    return F.binary_cross_entropy_with_logits(logits, target) + (1 - (2 * inter + 1) / (sums + 1)).mean()
 
 
 def targets(classes, *shape):
@@ -61,24 +53,24 @@ def test_a_pixel_sees_far_through_the_levels_and_near_through_the_skips(device):
 
 
 @pytest.mark.parametrize("classes", [1, 3])
-def test_fifty_steps_are_those_of_plain_pytorch(classes, device, monkeypatch):
+def test_fifty_steps_are_those_of_plain_pytorch(classes, device):
     torch.manual_seed(0)
     model = UNet(UNetConfig(1, classes, width=4, depth=2)).to(device)
     start, x, y = model.state_dict(), torch.randn(4, 1, 20, 28, device=device), targets(classes, 4, 20, 28).to(device)
     start = {name: t.clone() for name, t in start.items()}
     losses = {}
-    for name in ("ours", "plain"):
+    for kernels in KERNELS:
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), 0.05)
-        losses[name] = []
+        losses[kernels] = []
         for _ in range(50):
-            loss = model(x, y)
+            with using(kernels):
+                loss = model(x, y)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[name].append(loss.item())
-        monkeypatch.setattr(minunet, "bce_dice_loss", plain_bce_dice)
-    assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-4) and losses["ours"][-1] < losses["ours"][0] - 0.01
+            losses[kernels].append(loss.item())
+    assert losses["fused"] == pytest.approx(losses["torch"], rel=1e-4) and losses["fused"][-1] < losses["fused"][0] - 0.01
 
 
 def test_bad_configs_are_named():

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")  # of the extra "models"
-from minmodels import UserError, detect, minyolo
+from minmodels import UserError, detect
 from minmodels.data import detection, digits, images
+from minmodels.kernels import using
 from minmodels.minyolo import YOLO, YOLOConfig, encode, yolo_loss
+from minmodels.options import KERNELS
 from vision_cases import shapes
 
 
@@ -106,7 +108,7 @@ def test_encode_puts_objects_into_the_cell_of_their_centre():
     assert encode(torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([0]), 2)[1][1, 1] == 0  # a centre on the far edge
 
 
-def test_fifty_steps_are_those_of_plain_pytorch(device, monkeypatch):
+def test_fifty_steps_are_those_of_plain_pytorch(device):
     torch.manual_seed(0)
     config = YOLOConfig(1, 3, cells=2, boxes=2, width=4)
     model = YOLO(config).to(device)
@@ -114,27 +116,18 @@ def test_fifty_steps_are_those_of_plain_pytorch(device, monkeypatch):
     boxes, classes = (t.to(device) for t in encoded(random_scenes(4, 2, 3, torch.Generator().manual_seed(0)), 2))
     assert model(x).shape == (4, 2, 2, 13)
     start, losses = {name: t.clone() for name, t in model.state_dict().items()}, {}
-    for name in ("ours", "plain"):
+    for kernels in KERNELS:
         model.load_state_dict(start)
         optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        losses[name] = []
+        losses[kernels] = []
         for _ in range(50):
-            loss = model(x, boxes, classes)
+            with using(kernels):
+                loss = model(x, boxes, classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses[name].append(loss.item())
-        monkeypatch.setattr(minyolo, "iou_match", plain_match)
-    assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-4) and losses["ours"][-1] < 0.7 * losses["ours"][0]
-
-
-def plain_match(boxes, gts, *, fmt):
-    """What the loss needs of iou_match, of torch's ops."""
-    assert fmt == "cxcywh"
-    (c1, s1), (c2, s2) = boxes.split(2, -1), gts.split(2, -1)
-    inter = (torch.minimum(c1 + s1 / 2, c2 + s2 / 2) - torch.maximum(c1 - s1 / 2, c2 - s2 / 2)).clamp(min=0).prod(-1)
-    best = (inter / (s1.prod(-1) + s2.prod(-1) - inter).clamp(min=1e-12)).max(-1, keepdim=True)
-    return type("Match", (), {"gt_best_iou": best.values, "gt_best_box": best.indices})
+            losses[kernels].append(loss.item())
+    assert losses["fused"] == pytest.approx(losses["torch"], rel=1e-4) and losses["fused"][-1] < 0.7 * losses["fused"][0]
 
 
 def test_find_gives_back_what_the_targets_say(device):

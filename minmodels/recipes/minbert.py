@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minkernels import linear_token_logprobs, token_logprobs
 from minmodels import UserError
 from minmodels.data import documents as documentsdata
 from minmodels.data import pairs as pairsdata
+from minmodels.kernels import linear_token_logprobs, token_logprobs
 from minmodels.minbert import BERT, BERTClassifier, BERTConfig, Encoder, pick
 from minmodels.options import BERTOptions
 from minmodels.recipes import Recipe, seeded

@@ -7,9 +7,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from minkernels import cross_entropy
 from minmodels import UserError
 from minmodels.data import tasks
+from minmodels.kernels import cross_entropy
 from minmodels.options import TaskOptions
 from minmodels.recipes import Recipe, seeded
 

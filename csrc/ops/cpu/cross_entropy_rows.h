@@ -28,6 +28,10 @@ INLINE Pair<float> load_pair(const bfloat16* p) {
   u32 x = load((const uint32_t*)p);
   return {(f32)(x << 16), (f32)(x & 0xffff0000u)};
 }
+INLINE u32 rounded_bf16(f32 x) {  // in the upper half
+  u32 u = (u32)x;
+  return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
+}
 INLINE void store_pair(bfloat16* p, f32 a, f32 b) {
 #if LEVEL_BF16_DOT
   constexpr uint16_t halves[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -35,21 +39,19 @@ INLINE void store_pair(bfloat16* p, f32 a, f32 b) {
   __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
   store((uint32_t*)p, (u32)_mm512_permutexvar_epi16((__m512i)load((const uint32_t*)halves), both));
 #else
-  const auto rounded = [](f32 x) {
-    u32 u = (u32)x;
-    return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
-  };
-  store((uint32_t*)p, rounded(a) >> 16 | (rounded(b) & 0xffff0000u));
+  store((uint32_t*)p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u));
 #endif
 }
 template <class T>
 constexpr bool has_pairs = true;
 #if LEVEL_BYTES == 64
 INLINE Pair<float> load_pair(const half* p) {
-  return {(f32)_mm512_cvtph_ps((__m256i) * (const __m256i_u*)p), (f32)_mm512_cvtph_ps((__m256i) * (const __m256i_u*)(p + 16))};
+  const __m256i_u* x = (const __m256i_u*)p;
+  return {(f32)_mm512_cvtph_ps(x[0]), (f32)_mm512_cvtph_ps(x[1])};
 }
 INLINE void store_pair(half* p, f32 a, f32 b) {
-  *(__m256i_u*)p = _mm512_cvtps_ph((__m512)a, 0), *(__m256i_u*)(p + 16) = _mm512_cvtps_ph((__m512)b, 0);
+  __m256i_u* x = (__m256i_u*)p;
+  x[0] = _mm512_cvtps_ph((__m512)a, 0), x[1] = _mm512_cvtps_ph((__m512)b, 0);
 }
 #else
 template <>
@@ -163,7 +165,8 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, in
       if (a.argmax && top > r.m)
         for (r.argmax = j; widen(z[r.argmax - j]) != top;) r.argmax++;
       if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
-      sum = block_sum(z, whole, shift, e, row + j + BLOCK, grad ? grad + j : nullptr);  // the next row's, where rows are dense
+      sum = block_sum(z, whole, shift, e, row + j + BLOCK,
+                      grad ? grad + j : nullptr);  // the next row's, where rows are dense
     };
     if constexpr (has_pairs<T>)
       if (x.raw) add(raw_block(row + j, n, whole, x.z));

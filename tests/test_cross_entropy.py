@@ -109,19 +109,34 @@ def test_cpu_stats(shape, options, dtype, levels):
 
 @pytest.mark.parametrize("shape", [(500, 300), (3, 21, 1000)], ids=["rows", "positions"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_same_bits_for_any_number_of_threads(dtype, shape, library):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cpu_same_bits_for_any_number_of_threads(smoothing, dtype, shape, library):
     x, target = make(*shape, dtype=dtype)
     threads, results = torch.get_num_threads(), []
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             leaf = x.clone().requires_grad_()
-            loss = cross_entropy(leaf, target, weight=torch.arange(1.0, 1 + x.shape[1]), label_smoothing=0.1)
+            loss = cross_entropy(leaf, target, weight=torch.arange(1.0, 1 + x.shape[1]), label_smoothing=smoothing)
             results.append((loss, *torch.autograd.grad(loss, leaf)))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cpu_a_gradient_larger_than_the_cache(dtype, levels):
+    """It is stored around the cache where its rows are aligned, here every other one, and is the same as in four parts that are not."""
+    x, target = make(1, 9, 2**22 // dtype.itemsize + 96 // dtype.itemsize, dtype=dtype)
+    assert x.nbytes > 32 << 20
+    for level in levels:
+        grad = grad_of(lambda x: cross_entropy(x, target, reduction="sum"), x, torch.ones(()))
+        parts = [
+            grad_of(lambda x, t=t: cross_entropy(x, t, reduction="sum"), part, torch.ones(()))
+            for part, t in zip(x.chunk(4, -1), target.chunk(4, -1), strict=True)
+        ]
+        assert torch.equal(grad, torch.cat(parts, -1)), level
 
 
 def test_more_than_2_to_31_elements(library):
@@ -239,14 +254,17 @@ def test_pytorchs_own_samples(op, dtype, library):
     assert count > 15
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (2, 9, 37)], ids=["rows", "positions"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_ignored_row_may_hold_anything(dtype, library):
-    x, target = make(4, 9, dtype=dtype)
-    x[1] = torch.tensor([float("nan"), float("inf"), float("-inf")] * 3)
+def test_an_ignored_row_may_hold_anything(dtype, shape, levels):
+    x, target = make(*shape, dtype=dtype)
+    rows = x if x.dim() == 2 else x[0].T
+    rows[1] = torch.tensor([float("nan"), float("inf"), float("-inf")] * 3)
     x.requires_grad_()
-    loss = cross_entropy(x, target)
-    (dx,) = torch.autograd.grad(loss, x)
-    assert loss.isfinite() and (dx[1] == 0).all() and dx.isfinite().all()
+    for level in levels:
+        loss = cross_entropy(x, target)
+        (dx,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and ((dx if dx.dim() == 2 else dx[0].T)[1] == 0).all() and dx.isfinite().all(), level
 
 
 @pytest.mark.parametrize("early", [True, False])  # both ways to the gradient
@@ -259,12 +277,15 @@ def test_huge_logits(early, library):
     torch.testing.assert_close(dx, torch.tensor([[-0.5, 0.5], [0.0, 0.0], [0.0, 0.0]]))
 
 
-def test_infinities_as_in_pytorch(library):
-    inf = float("inf")
-    x, target = torch.tensor([[-inf, 0.0], [inf, 0.0], [-inf, -inf], [0.0, float("nan")]]), torch.tensor([0, 0, 1, 0])
-    torch.testing.assert_close(
-        cross_entropy(x, target, reduction="none"), F.cross_entropy(x, target, reduction="none"), equal_nan=True
-    )
+@pytest.mark.parametrize("layout", ["rows", "positions"])
+def test_infinities_as_in_pytorch(layout, levels):
+    inf, nan = float("inf"), float("nan")
+    x, target = torch.tensor([[-inf, 0.0], [inf, 0.0], [-inf, -inf], [0.0, nan], [nan, 0.0]]), torch.tensor([0, 0, 1, 0, 1])
+    if layout == "positions":
+        x, target = x.T.repeat(1, 7)[None], target.repeat(7)[None]
+    for level in levels:
+        ours, theirs = (f(x, target, reduction="none") for f in (cross_entropy, F.cross_entropy))
+        torch.testing.assert_close(ours, theirs, equal_nan=True, msg=lambda text, level=level: f"{level}: {text}")
 
 
 def test_the_true_class_of_a_certain_row(library):

@@ -60,7 +60,10 @@ static Softmax arguments(const Tensor& input, const Tensor& target, const Maybe&
 static void want_grad(Softmax& a, const Tensor& grad) {
   bool columns = grad.dim() == 2 && a.D > 1;
   a.grad = volume(grad, columns);
-  advise_huge_pages(a.grad.data, grad.numel() * grad.element_size());
+  constexpr int64_t larger_than_a_cache = 32 << 20;
+  int64_t bytes = grad.numel() * grad.element_size();
+  a.stream = bytes >= larger_than_a_cache;
+  advise_huge_pages(a.grad.data, bytes);
 }
 
 // What the labels alone tell: the first row whose label names no class, or -1; how many rows count, and the sum of their weights.
@@ -69,22 +72,40 @@ struct Labels {
   double count = 0, weight = 0;
 };
 
+// Adds n labels, of rows from `row` on. The first loop, which most calls need alone, has neither a branch nor a chain of additions in
+// double.
+template <class L>
+static void scan_labels(const Softmax& a, const L* labels, int64_t step, int64_t row, int64_t n, Labels& part) {
+  const auto counts = [&](int64_t k) { return int64_t(labels[k * step]) != a.ignore_index; };
+  const auto bad = [&](int64_t k) { return counts(k) & (uint64_t(labels[k * step]) >= uint64_t(a.V)); };
+  int64_t counted = 0, found = 0;
+  for (int64_t k = 0; k < n; k++) counted += counts(k), found += bad(k);
+  part.count += double(counted);
+  for (int64_t k = 0; k < n && found && part.bad < 0; k++)
+    if (bad(k)) part.bad = row + k;
+  bool wide = a.logits.dtype == Dtype::f64;
+  for (int64_t k = 0; k < n && a.weight && !found; k++)
+    if (counts(k)) part.weight += wide ? ((const double*)a.weight)[labels[k * step]] : ((const float*)a.weight)[labels[k * step]];
+}
+
 static Labels check_labels(const Softmax& a) {
   constexpr int64_t rows = 1 << 15;  // of a task
   if (!a.target) return {-1, double(a.rows()), double(a.rows())};
+  const bool flat = a.D == 1;
+  const int64_t D = flat ? a.B : a.D, batch = flat ? 0 : a.target_batch, step = flat ? a.target_batch : a.target_position;
   std::vector<Labels> parts((a.rows() + rows - 1) / rows);
   run_tasks(parts.size(), 0, [&](int64_t task, char*) {
     Labels part;
-    for (int64_t i = task * rows, b = i / a.D, s = i % a.D; i < std::min((task + 1) * rows, a.rows()); i++) {
-      int64_t label = a.label(b, s);
-      if (++s == a.D) s = 0, b++;
-      if (label == a.ignore_index) continue;
-      if (uint64_t(label) >= uint64_t(a.V)) {
-        part.bad = i;
-        break;
-      }
-      part.count += 1;
-      if (a.weight) part.weight += a.logits.dtype == Dtype::f64 ? ((const double*)a.weight)[label] : ((const float*)a.weight)[label];
+    for (int64_t i = task * rows, end = std::min(i + rows, a.rows()); i < end && part.bad < 0;) {
+      int64_t s = i % D, n = std::min(end - i, D - s);
+      const char* from = a.target + (i / D * batch + s * step) * a.label_bytes;
+      if (a.label_bytes == 8)
+        scan_labels(a, (const int64_t*)from, step, i, n, part);
+      else if (a.label_bytes == 4)
+        scan_labels(a, (const int32_t*)from, step, i, n, part);
+      else
+        scan_labels(a, (const uint8_t*)from, step, i, n, part);
+      i += n;
     }
     parts[task] = part;
   });
@@ -110,7 +131,7 @@ static double run(Softmax& a, bool rows_only = false) {
     a.class_block = std::min<int64_t>(a.V, 256);
     a.tile = std::clamp<int64_t>(in_cache / a.class_block / 64 * 64, 64, 512);
     tiles = (a.D + a.tile - 1) / a.tile, tasks = a.B * tiles;
-    scratch = (a.tile + 64) * (8 + (10 + 2 * a.class_block) * item);
+    scratch = (a.tile + 64) * (8 + (11 + 2 * a.class_block) * item);
   } else {
     group = std::max<int64_t>(elements / a.V, 1);  // short rows go in groups
     tasks = (a.rows() + group - 1) / group;
@@ -141,6 +162,7 @@ static int64_t cross_entropy_fwd(Tensor input, Tensor target, Maybe weight, int6
   if (Reduction(reduction) == Reduction::mean) a.factor = 1 / (empty_zero && sum_of_weights == 0 ? 1 : sum_of_weights);
   if (grad) want_grad(a, *grad);
   a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
+  advise_huge_pages(a.stats, stats.numel() * stats.element_size());
   bool each = Reduction(reduction) == Reduction::none;
   if (each) a.loss = (char*)loss.data_ptr();
   double sum = run(a) * a.factor;

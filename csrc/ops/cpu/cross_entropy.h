@@ -30,6 +30,7 @@ struct Softmax {
   int64_t* argmax = nullptr;           // (B D,)
   const char* coefficients = nullptr;  // (B D, 5): see Coefficients
   int64_t tile = 0, class_block = 0;   // of the kernel that takes many positions at a time
+  bool stream = false;                 // whether its gradient is larger than a cache that could keep it
 
   int64_t rows() const { return B * D; }
   int64_t label(int64_t b, int64_t s) const {

@@ -4,15 +4,15 @@
 template <class A>
 struct Tile {
   static constexpr int L = vector<A>::lanes;
-  int64_t stride, lanes;                                // of a class in z, e and c; positions, up to whole registers
-  A *z, *c, *m, *d, *T, *rel, *U, *before, *P, *H, *S;  // z and c: a block of classes; the others a value a position
+  int64_t stride, lanes;                                     // of a class in z, e and c; positions, up to whole registers
+  A *z, *c, *m, *d, *T, *rel, *U, *before, *P, *H, *S, *on;  // z and c: a block of classes; the others a value a position; on: 0 if ignored
   int64_t* label;
   bool some_ignored = false;
 
   Tile(const Softmax& a, int64_t n, char* memory) : stride(a.tile + PAD), lanes((n + L - 1) / L * L) {
     label = (int64_t*)memory;
     A* next = (A*)(label + stride);
-    for (A** x : {&m, &d, &T, &rel, &U, &before, &P, &H, &S}) *x = next, next += stride;
+    for (A** x : {&m, &d, &T, &rel, &U, &before, &P, &H, &S, &on}) *x = next, next += stride;
     z = next, c = next + a.class_block * stride;
   }
 };
@@ -114,11 +114,9 @@ static double finish_positions(const Softmax& a, Tile<A>& x, int64_t row, int64_
   double sum = 0;
   A smooth = A(a.smoothing / double(a.V)), sure = A(1 - a.smoothing);
   for (int64_t i = 0; i < x.lanes; i += L) {
-    A weights[L], counts[L];
-    for (int u = 0; u < L; u++) weights[u] = counts[u] = !a.ignored(x.label[i + u]);
+    vec<A> on = load(x.on + i), w = on, log_d = log(load(x.d + i));
     for (int u = 0; u < L && a.weight && a.target; u++)
-      if (i + u < n && counts[u] > 0) weights[u] = ((const A*)a.weight)[x.label[i + u]];
-    vec<A> w = load(weights), on = load(counts), log_d = log(load(x.d + i));
+      if (i + u < n && on[u] > 0) w[u] = ((const A*)a.weight)[x.label[i + u]];
     vec<A> sure_w = a.probs.data ? vec<A>{} : w * sure, S = on * (a.probs.data ? A(1) : smooth), T = load(x.T + i);
     vec<A> loss = sure_w * (log_d + load(x.rel + i)), total = sure_w, lse = load(x.m + i) + log_d;
     if (weighs_all(a)) loss += S * (T * log_d + load(x.U + i)), total += S * T;
@@ -128,9 +126,17 @@ static double finish_positions(const Softmax& a, Tile<A>& x, int64_t row, int64_
     store(x.H + i, sure_w * A(a.factor)), store(x.S + i, S * A(a.factor));
     store(x.U + i, loss);
   }
-  for (int64_t i = 0; i < n; i++) sum += x.U[i];
+  double parts[L] = {};
+  for (int64_t i = n; i < x.lanes; i++) x.U[i] = 0;
+  for (int64_t i = 0; i < x.lanes; i += L)
+    for (int u = 0; u < L; u++) parts[u] += x.U[i + u];
+  for (int u = 0; u < L; u++) sum += parts[u];
   for (int64_t i = 0; i < n && a.loss; i++) ((A*)a.loss)[row + i] = x.U[i];
   A* stats = (A*)a.stats + row * a.stats_columns;
+  if (a.stats_columns == 2) {  // vector code
+    for (int64_t i = 0; i < n; i++) stats[2 * i] = x.m[i], stats[2 * i + 1] = x.d[i];
+    return sum;
+  }
   for (int64_t i = 0; i < n; i++, stats += a.stats_columns) {
     stats[0] = x.m[i], stats[1] = x.d[i];
     if (a.stats_columns > 2) stats[2] = x.T[i];
@@ -141,16 +147,151 @@ static double finish_positions(const Softmax& a, Tile<A>& x, int64_t row, int64_
 template <class A>
 static void read_labels(const Softmax& a, int64_t b, int64_t first, int64_t n, Tile<A>& x) {
   int64_t at = b * a.target_batch + first * a.target_position, step = a.target_position;
+  const auto read = [&](const auto* labels) {
+    if (step == 1)
+      for (int64_t i = 0; i < n; i++) x.label[i] = labels[at + i];
+    else
+      for (int64_t i = 0; i < n; i++) x.label[i] = labels[at + i * step];
+  };
   if (!a.target)
     for (int64_t i = 0; i < n; i++) x.label[i] = -1;
   else if (a.label_bytes == 8)
-    for (int64_t i = 0; i < n; i++) x.label[i] = ((const int64_t*)a.target)[at + i * step];
+    read((const int64_t*)a.target);
   else if (a.label_bytes == 4)
-    for (int64_t i = 0; i < n; i++) x.label[i] = ((const int32_t*)a.target)[at + i * step];
+    read((const int32_t*)a.target);
   else
-    for (int64_t i = 0; i < n; i++) x.label[i] = ((const uint8_t*)a.target)[at + i * step];
-  for (int64_t i = 0; i < n && a.target; i++) x.some_ignored |= x.label[i] == a.ignore_index;
+    read((const uint8_t*)a.target);
   for (int64_t i = n; i < x.lanes; i++) x.label[i] = -1;
+  int64_t ignored = 0;
+  for (int64_t i = 0; i < x.lanes; i++) {
+    bool off = a.target && x.label[i] == a.ignore_index;
+    x.on[i] = off ? 0 : 1, ignored += off;
+  }
+  x.some_ignored = ignored > 0;
+}
+
+// A register of elements in their own order, and back.
+typedef uint16_t words __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
+template <class A>
+INLINE vec<A> load_wide(const A* p) {
+  return load(p);
+}
+INLINE f32 load_wide(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const words*)p, u32) << 16); }
+INLINE f32 narrowed(f32 x, const float*) { return x; }
+INLINE f64 narrowed(f64 x, const double*) { return x; }
+INLINE words narrowed(f32 x, const bfloat16*) {
+#if LEVEL_BF16_DOT
+  return (words)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded_bf16(x) >> 16, words);
+#endif
+}
+#if LEVEL_BYTES == 64
+INLINE f32 load_wide(const half* p) { return (f32)_mm512_cvtph_ps((__m256i) * (const words*)p); }
+INLINE words narrowed(f32 x, const half*) { return (words)_mm512_cvtps_ph((__m512)x, 0); }
+#endif
+
+// Into memory; past: around the cache, where the lines of a result that no cache could keep would be read only to be written.
+template <class V>
+INLINE void store_bits(void* p, V v, bool past) {
+#if LEVEL_BYTES >= 32
+  if (past) {
+    if constexpr (sizeof v == 64)
+      _mm512_stream_si512((__m512i*)p, (__m512i)v);
+    else if constexpr (sizeof v == 32)
+      _mm256_stream_si256((__m256i*)p, (__m256i)v);
+    else
+      _mm_stream_si128((__m128i*)p, (__m128i)v);
+    return;
+  }
+#else
+  (void)past;
+#endif
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// K classes: z, and the largest so far.
+template <int K, class T, class A>
+INLINE void read_plain(const Tile<A>& x, const T* from, int64_t column, int64_t n, A* z) {
+  constexpr int L = Tile<A>::L;
+  const int64_t whole = n / L * L;
+  for (int u = 0; u < K && n > whole; u++)
+    for (int64_t i = whole; i < x.lanes; i++) z[u * x.stride + i] = i < n ? widen(from[u * column + i]) : A(0);
+  for (int64_t i = 0; i < x.lanes; i += L) {
+    vec<A> m = load(x.m + i);
+#pragma GCC unroll 4
+    for (int u = 0; u < K; u++) {
+      A* to = z + u * x.stride + i;
+      vec<A> v = i < whole ? load_wide(from + u * column + i) : load(to);
+      store(to, v), m = max(v, m);
+    }
+    store(x.m + i, m);
+  }
+}
+
+// exp(z - m) in the place of z, in K classes, added to d.
+template <int K, class T, class A>
+INLINE void exp_classes(const Tile<A>& x, A* z, const T* next, int64_t column) {
+  for (int64_t i = 0; i < x.lanes; i += Tile<A>::L) {
+    vec<A> m = load(x.m + i), sum = {};
+#pragma GCC unroll 4
+    for (int u = 0; u < K; u++) {
+      vec<A> e = exp_of<A>(load(z + u * x.stride + i) - m);
+      if (i * sizeof(T) % 64 == 0) __builtin_prefetch(next + u * column + i);
+      store(z + u * x.stride + i, e), sum += e;
+    }
+    store(x.d + i, load(x.d + i) + sum);
+  }
+}
+
+// The common case: labels, weights of classes at most, and few classes. Every pass runs along the positions of a class, as memory does.
+template <class T>
+static double plain_positions(const Softmax& a, int64_t b, int64_t first, int64_t n, Tile<acc_t<T>>& x, const T* logits, T* grad) {
+  using A = acc_t<T>;
+  constexpr int L = Tile<A>::L;
+  const int64_t whole = n / L * L, from = a.logits.column, to = a.grad.column;
+  const T* next = logits + a.tile;
+  lane_t<A>* which = (lane_t<A>*)x.c;  // labels, -1 where there is none
+  for (int64_t i = 0; i < x.lanes; i++) {
+    x.m[i] = -__builtin_inf(), x.d[i] = 0;
+    which[i] = lane_t<A>(x.on[i] > 0 ? x.label[i] : -1);
+  }
+  int64_t k = 0;
+  for (; k + 4 <= a.V; k += 4) read_plain<4>(x, logits + k * from, from, n, x.z + k * x.stride);
+  for (; k < a.V; k++) read_plain<1>(x, logits + k * from, from, n, x.z + k * x.stride);
+  for (int64_t i = 0; i < n; i++) x.rel[i] = x.m[i] - x.z[(which[i] < 0 ? 0 : which[i]) * x.stride + i];
+  for (int64_t i = 0; i < x.lanes; i += L) {
+    vec<A> m = load(x.m + i);
+    store(x.before + i, m), store(x.m + i, m > -__builtin_inf() ? m : vec<A>{});  // not inf - inf, as in row_stats
+  }
+  for (k = 0; k + 4 <= a.V; k += 4) exp_classes<4>(x, x.z + k * x.stride, next + k * from, from);
+  for (; k < a.V; k++) exp_classes<1>(x, x.z + k * x.stride, next + k * from, from);
+  for (int64_t i = 0; i < x.lanes; i += L) {
+    vec<A> on = load(x.on + i);  // what is ignored may hold NaN
+    store(x.m + i, on > 0 ? load(x.before + i) : vec<A>{}), store(x.d + i, on > 0 ? load(x.d + i) : splat(A(a.V)));
+  }
+  double sum = finish_positions(a, x, b * a.D + first, n);
+  for (k = 0; k < a.V && grad; k++) {
+    T* out = grad + k * to;
+    const A* z = x.z + k * x.stride;
+    const bool past = a.stream && uintptr_t(out) % 64 == 0;
+    for (int64_t i = 0; i < x.lanes; i += L) {
+      vec<lane_t<A>> label = load(which + i);
+      vec<A> g = load(z + i) * load(x.P + i) - (label == lane_t<A>(k) ? load(x.H + i) : vec<A>{});
+      if (x.some_ignored) g = label >= 0 ? g : vec<A>{};
+      if (i < whole) {
+        store_bits(out + i, narrowed(g, out), past);
+      } else {
+        T rest[L];
+        store_bits(rest, narrowed(g, out), false);
+        for (int64_t u = i; u < n; u++) out[u] = rest[u - i];
+      }
+    }
+  }
+#if LEVEL_BYTES >= 32
+  _mm_sfence();  // else other threads might not see yet what went around the cache
+#endif
+  return sum;
 }
 
 template <class T>
@@ -161,6 +302,9 @@ static double all_positions(const Softmax& a, int64_t b, int64_t first, int64_t 
   T* grad = a.grad.data ? (T*)a.grad.data + b * a.grad.batch + first * a.grad.position : nullptr;
   int64_t row = b * a.D + first;
   read_labels(a, b, first, n, x);
+  if constexpr (has_pairs<T>)
+    if (a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 && (!grad || a.grad.position == 1))
+      return plain_positions(a, b, first, n, x, logits, grad);
   for (int64_t i = 0; i < x.lanes; i++) {
     x.m[i] = -__builtin_inf(), x.d[i] = x.T[i] = x.U[i] = x.rel[i] = x.before[i] = 0;
   }

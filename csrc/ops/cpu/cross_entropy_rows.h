@@ -7,8 +7,110 @@ constexpr int64_t KEPT = 1 << 17;  // columns of a row whose exponentials are ke
 template <class A>
 struct RowScratch {
   A *kept = nullptr, *shifts;  // exp(z - shift of its block), a.V of them or none; the shifts
+  bool raw;                    // whether z is read from the logits themselves: then kept is in the order of load_pair
   A z[BLOCK + PAD], c[BLOCK + PAD], e[BLOCK + PAD];
 };
+
+// Two registers of elements in the order that costs least: of bf16 those at even places, then those at odd ones, the halves of words.
+template <class A>
+struct Pair {
+  vec<A> a, b;
+};
+template <class A>
+INLINE Pair<A> load_pair(const A* p) {
+  return {load(p), load(p + vector<A>::lanes)};
+}
+template <class A>
+INLINE void store_pair(A* p, vec<A> a, vec<A> b) {
+  store(p, a), store(p + vector<A>::lanes, b);
+}
+INLINE Pair<float> load_pair(const bfloat16* p) {
+  u32 x = load((const uint32_t*)p);
+  return {(f32)(x << 16), (f32)(x & 0xffff0000u)};
+}
+INLINE u32 rounded_bf16(f32 x) {  // in the upper half
+  u32 u = (u32)x;
+  return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
+}
+INLINE void store_pair(bfloat16* p, f32 a, f32 b) {
+#if LEVEL_BF16_DOT
+  constexpr uint16_t halves[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  store((uint32_t*)p, (u32)_mm512_permutexvar_epi16((__m512i)load((const uint32_t*)halves), both));
+#else
+  store((uint32_t*)p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u));
+#endif
+}
+template <class T>
+constexpr bool has_pairs = true;
+#if LEVEL_BYTES == 64
+INLINE Pair<float> load_pair(const half* p) {
+  const __m256i_u* x = (const __m256i_u*)p;
+  return {(f32)_mm512_cvtph_ps(x[0]), (f32)_mm512_cvtph_ps(x[1])};
+}
+INLINE void store_pair(half* p, f32 a, f32 b) {
+  __m256i_u* x = (__m256i_u*)p;
+  x[0] = _mm512_cvtps_ph((__m512)a, 0), x[1] = _mm512_cvtps_ph((__m512)b, 0);
+}
+#else
+template <>
+constexpr bool has_pairs<half> = false;
+#endif
+
+// n elements from there on; those that fill up whole steps of four registers are -inf, in a copy where there are any.
+template <class T, class A>
+INLINE const T* raw_block(const T* row, int64_t n, int64_t whole, A* buffer) {
+  if (n == whole) return row;
+  T* copy = (T*)buffer;
+  __builtin_memcpy(copy, row, n * sizeof(T));
+  for (int64_t i = n; i < whole; i++) narrow(A(-__builtin_inf()), copy[i]);
+  return copy;
+}
+
+template <class S, class A>
+INLINE A block_max(const S* z, int64_t whole, A m) {
+  constexpr int L = vector<A>::lanes;
+  vec<A> top[4] = {splat(m), splat(m), splat(m), splat(m)};
+  for (int64_t i = 0; i < whole; i += 4 * L)
+#pragma GCC unroll 2
+    for (int u = 0; u < 4; u += 2) {
+      Pair<A> p = load_pair(z + i + u * L);
+      top[u] = max(p.a, top[u]), top[u + 1] = max(p.b, top[u + 1]);
+    }
+  return lanes_max(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// exp(z - shift) to e, and their sum. Meanwhile what is read next, and what is written last, comes into the cache: a store to a line that
+// is not there waits for memory as a load does.
+template <class T, class S, class A>
+INLINE A block_sum(const S* z, int64_t whole, A shift, A* e, const T* next, const T* grad) {
+  constexpr int L = vector<A>::lanes, line = 64 / sizeof(T);
+  vec<A> sum[4] = {};
+  for (int64_t i = 0; i < whole; i += 4 * L) {
+    for (int k = 0; k < 4 * L; k += line) __builtin_prefetch(next + i + k);
+    for (int k = 0; k < 4 * L && grad; k += line) __builtin_prefetch(grad + i + k, 1);
+#pragma GCC unroll 2
+    for (int u = 0; u < 4; u += 2) {
+      Pair<A> p = load_pair(z + i + u * L);
+      vec<A> first = exp_of<A>(p.a - shift), second = exp_of<A>(p.b - shift);
+      store(e + i + u * L, first), store(e + i + (u + 1) * L, second);
+      sum[u] += first, sum[u + 1] += second;
+    }
+  }
+  return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// n elements times factor, from the order of load_pair.
+template <class T, class A>
+INLINE void narrow_pairs(T* to, const A* from, int64_t n, A factor) {
+  constexpr int step = 2 * vector<A>::lanes;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) store_pair(to + i, load(from + i) * factor, load(from + i + step / 2) * factor);
+  T rest[step];
+  store_pair(rest, load(from + i) * factor, load(from + i + step / 2) * factor);
+  for (int64_t k = i; k < n; k++) to[k] = rest[k - i];
+}
 
 // z of n columns from j on; then -inf up to whole steps of four registers. Returns how many that makes.
 template <class T>
@@ -48,7 +150,7 @@ static void weigh(const Softmax& a, int64_t b, int64_t s, int64_t j, int64_t n, 
 }
 
 template <class T>
-static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, int64_t b, int64_t s, RowScratch<acc_t<T>>& x) {
+static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, int64_t b, int64_t s, RowScratch<acc_t<T>>& x) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, step = 4 * L;
   constexpr A inf = __builtin_inf();
@@ -56,34 +158,28 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, int64_t b, int64_
   Row<A> r;
   A before = 0;
   for (int64_t j = 0; j < a.V; j += BLOCK) {
-    int64_t n = min(a.V - j, BLOCK), whole = read_z(a, row, j, n, x.z);
-    vec<A> m[4] = {splat(r.m), splat(r.m), splat(r.m), splat(r.m)}, sum[4] = {}, E = {};
-    for (int64_t i = 0; i < whole; i += step)
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) m[u] = max(load(x.z + i + u * L), m[u]);
-    A top = lanes_max(max(max(m[0], m[1]), max(m[2], m[3]))), shift = top > -inf ? top : 0, factor = j > 0 ? exp_of<A>(r.m - shift) : 0;
-    if (a.argmax && top > r.m)
-      for (r.argmax = j; x.z[r.argmax - j] != top;) r.argmax++;
-    if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
-    A* e = x.kept ? x.kept + j : x.e;
-    const char* next = (const char*)(row + j + BLOCK);  // or the next row, where rows are dense; else advice for nothing
-    for (int64_t i = 0; i < whole; i += step) {
-      for (int line = 0; line < step * int(sizeof(T)); line += 64) __builtin_prefetch(next + i * sizeof(T) + line);
-#pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) {
-        vec<A> p = exp_of<A>(load(x.z + i + u * L) - shift);
-        store(e + i + u * L, p), sum[u] += p;
-      }
-    }
+    int64_t n = min(a.V - j, BLOCK), whole = (n + step - 1) / step * step;
+    A *e = x.kept ? x.kept + j : x.e, top, shift, factor, sum;
+    const auto add = [&](const auto* z) {
+      top = block_max(z, whole, r.m), shift = top > -inf ? top : 0, factor = j > 0 ? exp_of<A>(r.m - shift) : 0;
+      if (a.argmax && top > r.m)
+        for (r.argmax = j; widen(z[r.argmax - j]) != top;) r.argmax++;
+      if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
+      sum = block_sum(z, whole, shift, e, row + j + BLOCK,
+                      grad ? grad + j : nullptr);  // the next row's, where rows are dense
+    };
+    if constexpr (has_pairs<T>)
+      if (x.raw) add(raw_block(row + j, n, whole, x.z));
+    if (!x.raw) read_z(a, row, j, n, x.z), add(x.z);
     if (entropy) {
-      vec<A> cap = splat(A(2000));  // exp(-2000) is 0, and 0 * inf is NaN
+      vec<A> E = {}, cap = splat(A(2000));  // exp(-2000) is 0, and 0 * inf is NaN
       for (int64_t i = 0; i < whole; i += L) {
         vec<A> below = splat(shift) - load(x.z + i);
         E += load(e + i) * (below > cap ? cap : below);
       }
       r.E = (factor > 0 ? (r.E + r.d * (shift - before)) * factor : 0) + lanes_sum(E);  // 0 * inf is NaN
     }
-    r.d = r.d * factor + lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    r.d = r.d * factor + sum;
     r.m = top, before = shift;
     if (x.kept) x.shifts[j / BLOCK] = shift;
   }
@@ -108,6 +204,11 @@ static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t
     int64_t n = min(a.V - j, BLOCK);
     T* out = grad + j * a.grad.column;
     A factor = x.kept && a.V > BLOCK ? exp_of<A>(x.shifts[j / BLOCK] - k.m) : 1;
+    if constexpr (has_pairs<T>)
+      if (x.kept && x.raw) {
+        narrow_pairs(out, x.kept + j, n, k.P * factor);
+        continue;
+      }
     if (simple && x.kept) {
       narrow_row(out, a.grad.column, x.kept + j, n, k.P * factor);
       continue;
@@ -138,6 +239,8 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
   RowScratch<A>& x = *(RowScratch<A>*)memory;
   x.kept = nullptr;
   if (a.grad.data && !a.coefficients && a.V <= KEPT) x.shifts = (A*)(memory + sizeof x), x.kept = x.shifts + KEPT / BLOCK;
+  x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 &&
+          !weighs_all(a) && a.stats_columns <= 5;
   double sum = 0;
   for (int64_t i = first; i < last; i++) {
     int64_t b = i / a.D, s = i % a.D, label = a.target ? a.label(b, s) : -1;
@@ -157,7 +260,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
       row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x);
       continue;
     }
-    Row<A> r = row_stats(a, row, b, s, x);
+    Row<A> r = row_stats(a, row, grad, b, s, x);
     if (label >= 0) r.rel = r.m - transformed(a, widen(row[label * a.logits.column]));
     write_stats(a, i, r);
     A w = weight_of<A>(a, label < 0 ? 0 : label);

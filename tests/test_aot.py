@@ -107,7 +107,7 @@ CROSS_ENTROPY = {  # shape, options, whether targets are probabilities, processo
     "positions": ((2, 21, 4096), {}, False, 1, [STATS]),
     "positions-in-pieces": ((2, 1000, 4096), {}, False, 1, [STATS]),
     "everything-short": ((2, 1000), EVERYTHING, False, 1, [STATS]),
-    "everything-whole": ((2, 16384), EVERYTHING, True, 1, [STATS]),
+    "everything-whole": ((2, 8192), EVERYTHING, True, 1, [STATS]),
     "everything-two-reads": ((2, 128256), EVERYTHING, False, 1, [STATS]),
     "everything-probs": ((2, 128256), EVERYTHING, True, 1, [STATS]),
     "everything-split": ((2, 128256), EVERYTHING, True, 132, [STATS, MERGE, GRAD]),
@@ -122,7 +122,6 @@ def softmax(monkeypatch):
 
     def compile_softmax(target, processors, function):
         monkeypatch.setattr(cross_entropy, "_processors", lambda device: processors)
-        monkeypatch.setattr(torch.version, "hip", "6" if target.startswith("gfx") else None)
         with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
             function()
         return kernels

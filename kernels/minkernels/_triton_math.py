@@ -1,10 +1,17 @@
 """What the Triton kernels of several families compute with."""
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
 INF = tl.constexpr(float("inf"))
+FUSED = dict(enable_fp_fusion=True)  # of a launch whose last bits nobody compares; left unsaid it changes with Triton 3.10
+
+
+def registers(num_warps):
+    """Of a launch: a thread may have all that there are; else ptxas spills some, to make room for programs that need not come."""
+    return {} if torch.version.hip else dict(maxnreg=min(255, 65536 // (32 * num_warps)))
 
 
 @triton.jit

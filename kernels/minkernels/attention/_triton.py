@@ -10,6 +10,7 @@ import math
 import torch
 import triton
 
+from minkernels._triton_math import FUSED
 from minkernels.attention._options import Options, grads_like, like, lse_like, sinks_grad
 from minkernels.attention._triton_bwd import _dbias_kernel, _dkdv_kernel, _dq_kernel
 from minkernels.attention._triton_fwd import _fwd_kernel, _merge_kernel
@@ -28,7 +29,7 @@ TILES = {
         ("fwd", 2): {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
         ("dq", 2): {64: (128, 64, 8, 2), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 4, 2)},
         ("dkdv", 2): {64: (64, 128, 8, 2), 96: (32, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-        ("dbias", 2): {128: (32, 32, 4, 1), 256: (16, 32, 4, 1)},
+        ("dbias", 2): {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 4, 1)},
         ("decode", 2): {64: (64, 64, 4, 3), 96: (64, 32, 8, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 2)},
         ("fwd", 4): {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
         ("dq", 4): {64: (64, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
@@ -43,6 +44,7 @@ TILES = {
     },
     "sm_10": {  # every Blackwell with tcgen05: sm_100, sm_103
         ("fwd", 2): {128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        ("dq", 2): {64: (128, 64, 8, 2), 96: (64, 32, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2), 512: (32, 32, 8, 2)},
         ("fwd", 4): {128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},  # from 64 rows on Triton takes TF32, whatever input_precision says
         ("dq", 4): {64: (32, 32, 8, 2), 128: (32, 16, 8, 2), 256: (16, 16, 8, 2)},
     },
@@ -55,6 +57,8 @@ TILES = {
         ("dkdv", 4): {64: (32, 32, 4, 1), 128: (16, 16, 8, 2), 256: (16, 16, 4, 1)},
     },
 }
+if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+    TILES["sm_90"]["dkdv", 2] |= {128: (64, 64, 8, 2)}  # there the wider one spills
 
 
 def fwd(q, k, v, *options):
@@ -83,7 +87,7 @@ def fwd(q, k, v, *options):
         if split:
             _merge_kernel[(part,)](
                 *out, o, lse, o.stride(), H, q.shape[2], parts, part,
-                Dv=Dv, BLOCK_DV=triton.next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, num_warps=1,
+                Dv=Dv, BLOCK_DV=triton.next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, num_warps=1, **FUSED,
             )  # fmt: skip
     return o, lse
 
@@ -196,7 +200,7 @@ def _config(kernel, q, Dv, x):
     if kernel != "dbias" and (x.bias is not None or x.mask is not None or x.dropout_p or x.softcap):
         width = 256 if width <= 128 else 512  # what they load and compute takes registers too
     BLOCK_M, BLOCK_N, num_warps, num_stages = _tiles(arch, kernel, q.element_size(), width)
-    options = dict(num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+    options = dict(num_warps=num_warps, num_stages=num_stages, **FUSED)
     if (kernel == "dq" and arch in ("sm_86", "sm_89")) or (q.dtype == torch.float32 and kernel != "dbias" and not arch.startswith("gfx")):
         options["maxnreg"] = 255  # all there are; else ptxas spills here, to make room for programs that never come; dbias spills with it
     if x.kv_lens is not None or x.cu_seqlens_q is not None:

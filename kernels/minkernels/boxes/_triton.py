@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_math import FUSED
 from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
 from minkernels.boxes._triton_math import corners, derivative, to_format, value
 
@@ -162,7 +163,7 @@ def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
             with torch.cuda.device_of(a):
                 _pairs_grad_kernel[(parts * sets * triton.cdiv(N, BLOCK_N),)](
                     own, other, upstream, sums, sets, N, M, part, own.stride(), other.stride(), upstream.stride(), eps,
-                    KIND=kind, FORMAT=fmt, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, num_warps=4,
+                    KIND=kind, FORMAT=fmt, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, num_warps=4, **FUSED,
                 )  # fmt: skip
             if parts > 1:
                 torch.sum(sums, 0, out=d)
@@ -198,6 +199,7 @@ def loss_fwd(input, target, kind, fmt, eps, reduction):
         with torch.cuda.device_of(a):
             _loss_kernel[(triton.cdiv(P, LOSS_BLOCK),)](
                 a, b, loss if each else None, sums, P, a.stride(), b.stride(), eps, KIND=kind, FORMAT=fmt, BLOCK=LOSS_BLOCK, num_warps=4,
+                **FUSED,
             )  # fmt: skip
     if not each:
         loss = sums.sum() / (max(P, 1) if reduction == "mean" else 1)
@@ -212,7 +214,7 @@ def loss_bwd(dloss, input, target, kind, fmt, eps, need_input, need_target):
         with torch.cuda.device_of(a):
             _loss_grad_kernel[(triton.cdiv(P, LOSS_BLOCK),)](
                 dloss, a, b, d1 if need_input else None, d2 if need_target else None, P, dloss.stride(0), a.stride(), b.stride(), eps,
-                KIND=kind, FORMAT=fmt, BLOCK=LOSS_BLOCK, num_warps=4,
+                KIND=kind, FORMAT=fmt, BLOCK=LOSS_BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
     return d1, d2
 

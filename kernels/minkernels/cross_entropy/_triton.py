@@ -9,6 +9,7 @@ import functools
 import torch
 import triton
 
+from minkernels._triton_math import FUSED, registers
 from minkernels.cross_entropy._options import Options, is_labels, new_loss, new_stats, per_row, row_weights, saved_stats, weighted
 from minkernels.cross_entropy._triton_kernels import PARTIAL, _grad_kernel, _merge_kernel, _scale_kernel, _stats_kernel
 
@@ -65,7 +66,7 @@ def scale_(x, scale):
     sizes, strides = ((x.numel(),), (1,)) if x.is_contiguous() else (x.shape, x.stride())
     with torch.cuda.device_of(x):
         _scale_kernel[(SCALE_PROGRAMS,)](
-            x, scale, (1, 1, 1)[len(sizes) :] + tuple(sizes), (0, 0, 0)[len(sizes) :] + tuple(strides), BLOCK=4096
+            x, scale, (1, 1, 1)[len(sizes) :] + tuple(sizes), (0, 0, 0)[len(sizes) :] + tuple(strides), BLOCK=4096, **FUSED
         )
 
 
@@ -75,8 +76,8 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
     if B * D == 0:
         return
     labels, probs, target_strides, probs_strides = _target(target)
-    heavy = probs is not None or x.label_smoothing > 0 or x.softcap > 0 or argmax is not None
-    most = (WHOLE // 2 if heavy else WHOLE) if grad is not None else WHOLE // 4
+    heavy = (probs is not None) + (x.label_smoothing > 0) + (x.softcap > 0) + (argmax is not None)
+    most = WHOLE >> min(heavy, 2) if grad is not None else WHOLE // 4
     ROWS, BLOCK, whole = _tile(V, D, x_strides, most, most // 2)
     tiles, parts, share, scratch = triton.cdiv(D, ROWS), 1, V, None
     if not whole:
@@ -89,12 +90,12 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
     split, num_warps = scratch is not None, _num_warps(ROWS * BLOCK)
     tensors = input, labels, probs, weight, divisor, loss, stats, argmax
     shared = dict(x_strides=x_strides, target_strides=target_strides, V=V, D=D, parts=parts, **_numbers(x, V), z_loss=x.z_loss or None)
-    shared |= dict(factor=factor, COLUMNS=stats.shape[1], SHARD=shard, **({} if shard else ASSERT))
+    shared |= dict(factor=factor, COLUMNS=stats.shape[1], SHARD=shard, **FUSED, **({} if shard else ASSERT))
     with torch.cuda.device_of(input):
         _stats_kernel[B * tiles, parts](
             *tensors, None if split else grad, scratch, probs_strides=probs_strides,
             grad_strides=(0, 0, 0) if grad is None else _strides(grad), tiles=tiles, share=share,
-            WHOLE=whole, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps, **_registers(num_warps), **shared,
+            WHOLE=whole, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps, **registers(num_warps), **shared,
         )  # fmt: skip
         if split:
             k = None if grad is None else scratch.new_empty((B * D, 5))
@@ -113,7 +114,7 @@ def _grad(input, target, weight, coefficients, x, grad):
     _grad_kernel[(B * tiles * triton.cdiv(V, BLOCK),)](
         input, labels, probs, weight, coefficients, grad,
         x_strides, target_strides, probs_strides, coefficients.stride(), _strides(grad),
-        V, D, tiles, **_numbers(x, V), ROWS=ROWS, BLOCK=BLOCK, num_warps=_num_warps(ROWS * BLOCK),
+        V, D, tiles, **_numbers(x, V), ROWS=ROWS, BLOCK=BLOCK, num_warps=_num_warps(ROWS * BLOCK), **FUSED,
     )  # fmt: skip
 
 
@@ -158,11 +159,6 @@ def _numbers(x, V):
 
 def _num_warps(elements):
     return max(1, min(16, elements // 512))
-
-
-def _registers(num_warps):
-    """All that a thread may have: else ptxas spills some, to make room for programs that need not come."""
-    return {} if torch.version.hip else dict(maxnreg=min(255, 65536 // (32 * num_warps)))
 
 
 @functools.cache

@@ -60,7 +60,7 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
                 later = triton.cdiv(N - start - TILE, COLUMNS)
                 _push_kernel[later, B](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
         if with_suppressor:
-            _suppressor_kernel[columns, B](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4)
+            _suppressor_kernel[columns, B](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4, **EXACT)
     return indices, counts, suppressor
 
 

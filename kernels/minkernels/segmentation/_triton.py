@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_math import FUSED
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
@@ -291,7 +292,7 @@ def _pointwise(input, target, weight, pos_weight, mask, dloss, scale, loss, sums
         _pointwise_kernel[(triton.cdiv(n, BLOCK),)](
             input, target, weight, pos_weight, mask, dloss, scale, loss, sums, grad, n, sizes, *strides, alpha, gamma,
             FOCAL=alpha >= 0, GAMMA=int(gamma) if gamma in (0, 1, 2) else 3, CHECK=CHECK, INDEX=INDEX, DIMS=len(sizes), BLOCK=BLOCK,
-            num_warps=4, **ASSERT if CHECK else {},
+            num_warps=4, **FUSED, **ASSERT if CHECK else {},
         )  # fmt: skip
 
 
@@ -339,13 +340,13 @@ def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smoot
             _dice_sums_kernel[(N * blocks,)](
                 input, target, mask, pos_weight, sums, pixels, C, sizes, *strides, *(_outer(t, input) for t in (input, target, mask)),
                 0 if pos_weight is None else pos_weight.stride(0), CLASS_MAP=target.dim() < input.dim(), SQUARED=squared, CHECK=CHECK,
-                INDEX=INDEX, DIMS=len(sizes), BLOCK=block, num_warps=max(1, min(4, block // 32)), **ASSERT if CHECK else {},
+                INDEX=INDEX, DIMS=len(sizes), BLOCK=block, num_warps=max(1, min(4, block // 32)), **FUSED, **ASSERT if CHECK else {},
             )  # fmt: skip
         sums = sums.sum(2 if per_image else (0, 2))
         entries = sums.numel() // 4
         _dice_finish_kernel[(1,)](
             sums, loss, factors, entries, bce_weight, dice_weight, smooth, SQUARED=squared, REDUCTION=reduction,
-            BLOCK=min(BLOCK, triton.next_power_of_2(max(entries, 1))), num_warps=4,
+            BLOCK=min(BLOCK, triton.next_power_of_2(max(entries, 1))), num_warps=4, **FUSED,
         )  # fmt: skip
     return loss, factors
 
@@ -363,6 +364,6 @@ def bce_dice_bwd(input, target, pos_weight, mask, factors, squared):
                 input, target, mask, pos_weight, factors, grad, pixels, C, sizes, *strides,
                 *(_outer(t, input) for t in (input, target, mask, grad)), factors_outer,
                 0 if pos_weight is None else pos_weight.stride(0), CLASS_MAP=target.dim() < input.dim(), SQUARED=squared,
-                INDEX=INDEX, DIMS=len(sizes), BLOCK=block, num_warps=max(1, min(4, block // 32)),
+                INDEX=INDEX, DIMS=len(sizes), BLOCK=block, num_warps=max(1, min(8, block // 32)), **FUSED,
             )  # fmt: skip
     return grad

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import INF, LOG2E
+from minkernels._triton_math import INF, LOG2E, registers
 from minkernels.soft_nms._options import arithmetic, below, outputs
 
 BLOCK = 2048  # boxes that one step of Soft-NMS looks at together, at most
@@ -38,7 +38,7 @@ def matrix_nms(boxes, scores, class_ids, method, sigma, min_score, max_output):
         scores = torch.where((scores > least) & ~boxes.isnan().any(-1), scores, -INF.value)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         c, new = torch.empty_like(scores), torch.empty_like(scores)
-        shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **EXACT)
+        shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **registers(8), **EXACT)
         with torch.cuda.device_of(boxes):
             for decay in (False, True):
                 _matrix_kernel[triton.cdiv(N, COLUMNS), B](

@@ -53,7 +53,7 @@ def detect(pred, *options):
         counts.copy_(kept)
         if B:
             _result_kernel[triton.cdiv(x.max_output, BLOCK), B](
-                box, score, class_id, indices, boxes, scores, classes, N, x.max_output, LOGITS=x.logits, **warps
+                box, score, class_id, indices, boxes, scores, classes, N, x.max_output, LOGITS=x.logits, **warps, **EXACT
             )
     return boxes, scores, classes, counts
 
@@ -70,7 +70,7 @@ def _choose(raw, least, N, B, grid, warps, new):
     for shift, bits in DIGITS:
         bins = torch.zeros((B, 2**bits), dtype=torch.int32, device=number.device)
         _histogram_kernel[grid](**shared, Total=total, Prefix=prefix, Bins=bins, N=N, SHIFT=shift, BITS=bits, ROWS=ROWS)
-        _digit_kernel[(B,)](total, prefix, quota, lowest, bins, N, BITS=bits, LAST=shift == 0, num_warps=8)
+        _digit_kernel[(B,)](total, prefix, quota, lowest, bins, N, BITS=bits, LAST=shift == 0, num_warps=8, **EXACT)
     _count_kernel[grid](**shared, Above=above, Ties=ties, Lowest=lowest, Total=total, N=N, ROWS=ROWS)
     starts = (t.cumsum(1) - t for t in (above, ties))
     _write_kernel[grid](**shared, Lowest=lowest, Quota=quota, AboveStart=next(starts), TieStart=next(starts), Number=number, N=N)

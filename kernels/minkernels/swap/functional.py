@@ -15,88 +15,86 @@ from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
 from minkernels.nms.ops import nms as our_nms
 from minkernels.segmentation.ops import bce_with_logits
 
+PLAIN = Tensor, nn.Parameter, type(None)
+
 
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor | None:
-    if not (_ours(query) and _plain(key, value, attn_mask)) or query.is_nested or key.is_nested or value.is_nested:
+    if not (_ours(query) and _plain(key, value, attn_mask)) or query.is_nested or not 0.0 <= dropout_p < 1.0:
         return None
-    shape, keys = query.shape, key.shape
-    lead, D = shape[:-3], shape[-1]
-    if not 3 <= len(shape) == len(keys) == value.dim() or keys[:-3] != lead or keys[-1] != D or value.shape[:-1] != keys[:-1]:
+    shape, keys, values = query.shape, key.shape, value.shape
+    if len(shape) != 4:
+        return _of_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not 1 <= shape[3] <= MAX_HEAD_DIM or (keys != shape and not _keys_fit(shape, keys, enable_gqa)):
         return None
-    if keys[-3] != shape[-3] and not (enable_gqa and keys[-3] and shape[-3] % keys[-3] == 0):
-        return None
-    if not (1 <= D <= MAX_HEAD_DIM >= value.shape[-1] >= 1 and 0.0 <= dropout_p < 1.0):
+    if values != keys and not (values[:-1] == keys[:-1] and 1 <= values[-1] <= MAX_HEAD_DIM):
         return None
     mask = bias = None
     if attn_mask is not None:
-        if is_causal or not _broadcasts(attn_mask, (*shape[:-1], keys[-2])):
+        if is_causal or not _mask_fits(attn_mask, query, keys[2]):
             return None
-        if attn_mask.dtype == torch.bool:
-            mask = attn_mask
-        elif attn_mask.dtype in (query.dtype, torch.float32):
-            bias = attn_mask
-        else:
-            return None
-    if len(lead) != 1:
-        query, key, value, mask, bias = (t if t is None else _four(t, lead) for t in (query, key, value, mask, bias))
-    out = _attention(query, key, value, "top-left" if is_causal else False, None, mask, bias, scale, dropout_p)
-    if len(lead) == 1:
-        return out
-    return out.unflatten(0, lead) if lead else out[0]
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    return _attention(query, key, value, "top-left" if is_causal else False, None, mask, bias, scale, dropout_p)
 
 
-def multi_head_attention_forward(
-    query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn, dropout_p,
-    out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, attn_mask=None,
+def multi_head_attention_forward(query, key, value, *args, **options) -> tuple[Tensor, None] | None:
+    if not (_ours(query) and _plain(key, value)) or query.is_nested:
+        return None
+    if query.dim() != 3 or query.stride(1) <= query.stride(0):
+        return multi_head_attention(False, query, key, value, *args, **options)
+    out = multi_head_attention(True, *transposed(query, key, value), *args, **options)  # projected as it lies: nothing is copied
+    return out and (out[0].transpose(0, 1), None)
+
+
+def multi_head_attention(
+    batch_first, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
+    dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, attn_mask=None,
     use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
     average_attn_weights=True, is_causal=False,
 ) -> tuple[Tensor, None] | None:  # fmt: skip
-    """Batch, heads and padding are neither merged nor copied, as PyTorch does to them; a bool mask stays one."""
+    """F.multi_head_attention_forward, also of (B, L, E); heads are not merged with the batch, nor masks with each other."""
     E, H = embed_dim_to_check, num_heads
-    if need_weights or static_k is not None or static_v is not None or (is_causal and attn_mask is None) or dropout_p >= 1.0:
+    if need_weights or static_k is not None or static_v is not None or (is_causal and attn_mask is None):
         return None
-    if not (_ours(query) and _plain(key, value, key_padding_mask, attn_mask, in_proj_weight, q_proj_weight, bias_k, out_proj_weight)):
+    if not (_ours(query) and _plain(key, value, key_padding_mask, attn_mask, in_proj_weight, out_proj_weight)) or query.is_nested:
         return None
-    if query.is_nested or key.is_nested or value.is_nested or not 2 <= query.dim() == key.dim() == value.dim() <= 3:
+    if not 2 <= query.dim() == key.dim() == value.dim() <= 3:
         return None
-    if query.shape[-1] != E or E % H or E // H > MAX_HEAD_DIM or key.shape[:-1] != value.shape[:-1]:
-        return None
-    packed, unbatched = query is key is value and not use_separate_proj_weight, query.dim() == 2
+    packed = query is key and key is value and not use_separate_proj_weight
+    unbatched = query.dim() == 2
     if unbatched:
-        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        batch_first, query, key, value = True, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    (L, B), S = query.shape[:2], key.shape[0]
-    if key.shape[1] != B or not _hides(attn_mask, ((L, S), (B * H, L, S))) or not _hides(key_padding_mask, ((B, S),)):
+    (B, L), S = query.shape[:2] if batch_first else (query.shape[1], query.shape[0]), key.shape[1 if batch_first else 0]
+    if query.shape[-1] != E or E % H or E // H > MAX_HEAD_DIM or key.shape[:-1] != ((B, S) if batch_first else (S, B)):
+        return None
+    if value.shape[:-1] != key.shape[:-1] or not 0.0 <= dropout_p < 1.0:
+        return None
+    if not _hides(attn_mask, ((L, S), (B * H, L, S))) or not _hides(key_padding_mask, ((B, S),)):
         return None
 
-    batch_first = query.stride(1) > query.stride(0)  # projected as they lie: nothing is copied
-    if batch_first:
-        query, key, value = (t.transpose(0, 1) for t in (query, key, value))
     if packed:
-        q, k, v = F.linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
+        qkv = F.linear(query, in_proj_weight, in_proj_bias).view(*query.shape[:2], 3, H, E // H)
+        q, k, v = qkv.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind()
     else:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (t.view(*t.shape[:2], H, E // H).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3)) for t in (q, k, v))
     if bias_k is not None:
-        one = (B, 1, E) if batch_first else (1, B, E)
-        k, v = (torch.cat([t, more.expand(one)], 1 if batch_first else 0) for t, more in ((k, bias_k), (v, bias_v)))
-    q, k, v = (t.unflatten(-1, (H, E // H)) for t in (q, k, v))
-    q, k, v = (t.transpose(1, 2) if batch_first else t.permute(1, 2, 0, 3) for t in (q, k, v))
+        k, v = (torch.cat([t, b.view(1, H, 1, E // H).expand(B, -1, -1, -1)], 2) for t, b in ((k, bias_k), (v, bias_v)))
     if add_zero_attn:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
 
-    if is_causal and key_padding_mask is None:
-        out = _attention(q, k, v, "top-left", dropout_p=dropout_p if training else 0.0)
-    else:
-        masks = _merged(attn_mask, key_padding_mask, B, H, (bias_k is not None) + bool(add_zero_attn))
-        out = _attention(q, k, v, False, *masks, dropout_p=dropout_p if training else 0.0)
-    out = (out.transpose(1, 2) if batch_first else out.permute(2, 0, 1, 3)).flatten(2)
-    out = F.linear(out, out_proj_weight, out_proj_bias)
-    out = out.transpose(0, 1) if batch_first else out
-    return out.squeeze(1) if unbatched else out, None
+    causal, key_mask, mask, bias = False, None, None, None
+    if is_causal and key_padding_mask is None:  # PyTorch believes the hint in this case, too
+        causal = "top-left"
+    elif attn_mask is not None or key_padding_mask is not None:
+        key_mask, mask, bias = _masks(attn_mask, key_padding_mask, B, H, k.shape[2] - S)
+    out = _attention(q, k, v, causal, key_mask, mask, bias, None, dropout_p if training else 0.0)
+    out = F.linear(out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2), out_proj_weight, out_proj_bias)
+    return out.squeeze(0) if unbatched else out, None
 
 
 def cross_entropy(
@@ -109,7 +107,7 @@ def cross_entropy(
     if not classes or classes[0] == 0 or not 0.0 <= label_smoothing <= 1.0:
         return None
     if target.dtype == torch.int64:
-        if target.shape != (shape[:1] + shape[2:] if len(shape) > 1 else ()):
+        if target.shape != (shape[:1] if len(shape) == 2 else shape[:1] + shape[2:] if len(shape) > 1 else ()):
             return None
     else:  # probabilities, no wider than what the loss is computed in
         wide = torch.promote_types(target.dtype, input.dtype) not in (input.dtype, torch.float32)
@@ -142,19 +140,56 @@ def nms(dets, scores, iou_threshold) -> Tensor | None:
     return our_nms(dets, scores, iou_threshold)
 
 
+def transposed(query, key, value):
+    """Of one tensor given thrice, one: its projections are then one product."""
+    q = query.transpose(0, 1)
+    k = q if key is query else key.transpose(0, 1)
+    return q, k, k if value is key else value.transpose(0, 1)
+
+
 def _ours(t) -> bool:
     """A device and a dtype that we have; no forward-mode AD, which we have not."""
-    if not _plain(t) or t.dtype not in FLOATS or forward_ad._current_level >= 0:
+    if type(t) not in PLAIN and not _plain(t):
         return False
-    return t.is_cpu or (t.is_cuda and t.dtype != torch.float64)
+    return forward_ad._current_level < 0 and t.dtype in FLOATS and (t.is_cpu or (t.is_cuda and t.dtype != torch.float64))
 
 
 def _plain(*tensors) -> bool:
     """No classes with ways of their own, but the fake tensors of torch.export."""
     for t in tensors:
-        if type(t) not in (Tensor, nn.Parameter, type(None)) and not type(t).__module__.startswith("torch._subclasses."):
+        kind = type(t)
+        if kind not in PLAIN and not kind.__module__.startswith("torch._subclasses."):
             return False
     return True
+
+
+def _of_any_rank(query, key, value, attn_mask, *options) -> Tensor | None:
+    lead = query.shape[:-3]
+    if query.dim() < 3 or key.shape[:-3] != lead or value.shape[:-3] != lead or (attn_mask is not None and attn_mask.dim() > query.dim()):
+        return None
+    four = (t if t is None else _four(t, lead) for t in (query, key, value, attn_mask))
+    out = scaled_dot_product_attention(*four, *options)
+    if out is None:
+        return None
+    return out.unflatten(0, lead) if lead else out[0]
+
+
+def _keys_fit(shape, keys, enable_gqa) -> bool:
+    """Not where a batch or a head of 1 stands for more."""
+    if len(keys) != 4 or keys[0] != shape[0] or keys[3] != shape[3]:
+        return False
+    return keys[1] == shape[1] or (enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
+
+
+def _mask_fits(mask, query, S) -> bool:
+    shape, dtype = mask.shape, mask.dtype
+    if dtype != torch.bool and dtype != query.dtype and dtype != torch.float32:
+        return False
+    B, H, L, _ = query.shape
+    if len(shape) != 4:
+        return _broadcasts(mask, (B, H, L, S))
+    b, h, l, s = shape
+    return (b == B or b == 1) and (h == H or h == 1) and (l == L or l == 1) and (s == S or s == 1)
 
 
 def _broadcasts(t, shape) -> bool:
@@ -170,7 +205,8 @@ def _four(t, lead):
 
 
 def _attention(q, k, v, causal, key_mask=None, mask=None, bias=None, scale=None, dropout_p=0.0):
-    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+    dtype = q.dtype
+    if (k.dtype != dtype or v.dtype != dtype) and torch.is_autocast_enabled(q.device.type):
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     return attention(q, k, v, causal=causal, key_mask=key_mask, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
 
@@ -180,8 +216,8 @@ def _hides(mask, shapes) -> bool:
     return mask is None or (mask.shape in shapes and (mask.dtype == torch.bool or mask.dtype in FLOATS))
 
 
-def _merged(attn_mask, key_padding_mask, B, H, extra):
-    """(key_mask, mask, bias) of attention, which has `extra` keys behind those of the masks, seen by every query."""
+def _masks(attn_mask, key_padding_mask, B, H, extra):
+    """key_mask, mask and bias of attention, which has `extra` keys behind those of the masks, seen by every query."""
     key_mask = mask = bias = None
     if attn_mask is not None:
         attn_mask = F.pad(attn_mask, (0, extra)) if extra else attn_mask

@@ -29,11 +29,11 @@ class Functions(TorchFunctionMode):
         return Functions, (self.names,)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        ours = self.ours.get(func)
-        if func is UNFLATTEN:  # whose super() torch.compile does not follow under a mode
-            ours = torch.unflatten
-        out = None if ours is None else ours(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if out is None else out
+        ours = torch.unflatten if func is UNFLATTEN else self.ours.get(func)  # torch.compile cannot follow that method's super() here
+        out = None if ours is None else ours(*args, **kwargs) if kwargs else ours(*args)
+        if out is not None:
+            return out
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 def functions() -> Functions:

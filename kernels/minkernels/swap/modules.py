@@ -88,27 +88,17 @@ def _multihead_attention(
     need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     out = None
-    if not need_weights and not query.is_nested:
-        turned = module.batch_first and query.dim() == 3
-        q, k, v = _transposed(query, key, value) if turned else (query, key, value)
-        out = functional.multi_head_attention_forward(
-            q, k, v, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias, module.bias_k, module.bias_v,
-            module.add_zero_attn, module.dropout, module.out_proj.weight, module.out_proj.bias, module.training, key_padding_mask, False,
-            attn_mask, not module._qkv_same_embed_dim, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight,
-            is_causal=is_causal,
+    if not need_weights:
+        separate = not module._qkv_same_embed_dim
+        projections = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if separate else (None, None, None)
+        out = functional.multi_head_attention(
+            module.batch_first, query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
+            module.bias_k, module.bias_v, module.add_zero_attn, module.dropout, module.out_proj.weight, module.out_proj.bias,
+            module.training, key_padding_mask, False, attn_mask, separate, *projections, is_causal=is_causal,
         )  # fmt: skip
     if out is None:
-        return type(module).forward(
-            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-        )
-    return (out[0].transpose(0, 1), None) if turned else out
-
-
-def _transposed(query, key, value):
-    """Of one tensor given thrice, one: its projections are then one product."""
-    q = query.transpose(0, 1)
-    k = q if key is query else key.transpose(0, 1)
-    return q, k, k if value is key else value.transpose(0, 1)
+        out = type(module).forward(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+    return out
 
 
 PLAIN = {

@@ -71,19 +71,19 @@ def _inside(mode: Functions, module: nn.Module, *args, **kwargs):
         return type(module).forward(module, *args, **kwargs)
 
 
-def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
+def cross_entropy_loss(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
     loss = functional.cross_entropy(
         input, target, module.weight, None, module.ignore_index, None, module.reduction, module.label_smoothing
     )
     return type(module).forward(module, input, target) if loss is None else loss
 
 
-def _bce_with_logits(module: nn.BCEWithLogitsLoss, input: Tensor, target: Tensor) -> Tensor:
+def bce_with_logits_loss(module: nn.BCEWithLogitsLoss, input: Tensor, target: Tensor) -> Tensor:
     loss = functional.binary_cross_entropy_with_logits(input, target, module.weight, None, None, module.reduction, module.pos_weight)
     return type(module).forward(module, input, target) if loss is None else loss
 
 
-def _multihead_attention(
+def multihead_attention(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
     need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -104,7 +104,7 @@ def _multihead_attention(
 PLAIN = {
     nn.MultiheadAttention: (
         "attention, in calls with need_weights=False",
-        lambda module: (forward(module, _multihead_attention),),
+        lambda module: (forward(module, multihead_attention),),
     ),
     nn.TransformerEncoderLayer: (
         "its own modules one by one, also in eval",
@@ -114,6 +114,6 @@ PLAIN = {
         "no nested tensors: padded places hold values, not zeros",
         lambda encoder: (Attribute(encoder, "use_nested_tensor", False),) if encoder.use_nested_tensor else (),
     ),
-    nn.CrossEntropyLoss: ("cross_entropy (of 16-bit logits: float32)", lambda module: (forward(module, _cross_entropy),)),
-    nn.BCEWithLogitsLoss: ("bce_with_logits (of 16-bit logits: float32)", lambda module: (forward(module, _bce_with_logits),)),
+    nn.CrossEntropyLoss: ("cross_entropy (of 16-bit logits: float32)", lambda module: (forward(module, cross_entropy_loss),)),
+    nn.BCEWithLogitsLoss: ("bce_with_logits (of 16-bit logits: float32)", lambda module: (forward(module, bce_with_logits_loss),)),
 }

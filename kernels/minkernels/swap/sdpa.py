@@ -13,7 +13,9 @@ NAME = "minkernels"
 def register_flash():
     """Makes "minkernels" known to torch.nn.attention; nothing runs on it until a user says so:
 
-        minkernels.swap.sdpa.register_flash()
+        from minkernels.swap import sdpa
+
+        sdpa.register_flash()
         torch.nn.attention.activate_flash_attention_impl("minkernels")
         ...
         torch.nn.attention.restore_flash_attention_impl()

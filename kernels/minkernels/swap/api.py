@@ -76,7 +76,9 @@ def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | 
     if model is None:
         if options:
             raise TypeError(f"swapped() without a model takes no options, got {', '.join(options)}")
-        with importlib.import_module("minkernels.swap.mode").functions():
+        from minkernels.swap.mode import functions  # importlib would stop torch.compile
+
+        with functions():
             yield None
         return
     report = swap(model, **options)

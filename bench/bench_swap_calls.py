@@ -42,18 +42,19 @@ class OurLoss(nn.Module):
         return cross_entropy(input, target)
 
 
-def heads(module, x):
-    """nn.MultiheadAttention(batch_first=True) written on our op."""
-    qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias).view(*x.shape[:2], 3, module.num_heads, module.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    return F.linear(attention(q, k, v).transpose(1, 2).flatten(2), module.out_proj.weight, module.out_proj.bias)
+class OurHeads(nn.MultiheadAttention):
+    def forward(self, x):
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        return F.linear(attention(q, k, v).transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
 
 
 def calls() -> list[Call]:
     q, mask = torch.randn(1, 1, 1, 8), torch.ones(1, 1, 1, 1).bool()
     x, labels, y = torch.randn(2, 4), torch.tensor([0, 1]), torch.rand(2, 4)
     one, ours_one, loss, ours_loss = Attention(), OurAttention(), nn.CrossEntropyLoss(), OurLoss()
-    mha, tokens = nn.MultiheadAttention(8, 1, batch_first=True), torch.randn(1, 1, 8)
+    mha, ours_mha = (cls(8, 1, batch_first=True) for cls in (nn.MultiheadAttention, OurHeads))
+    ours_mha.load_state_dict(mha.state_dict())
     return [
         Call("F.scaled_dot_product_attention", lambda q: attention(q, q, q), lambda q: sdpa(q, q, q), (q,)),
         Call("F.scaled_dot_product_attention-mask", lambda q, m: attention(q, q, q, mask=m), lambda q, m: sdpa(q, q, q, m), (q, mask)),
@@ -61,7 +62,7 @@ def calls() -> list[Call]:
         Call("F.binary_cross_entropy_with_logits", bce_with_logits, F.binary_cross_entropy_with_logits, (x, y)),
         Call("module-with-sdpa", ours_one, lambda m, q: m(q), (q,), one),
         Call("nn.CrossEntropyLoss", ours_loss, lambda m, *args: m(*args), (x, labels), loss),
-        Call("nn.MultiheadAttention", partial(heads, mha), lambda m, x: m(x, x, x, need_weights=False)[0], (tokens,), mha),
+        Call("nn.MultiheadAttention", ours_mha, lambda m, x: m(x, x, x, need_weights=False)[0], (torch.randn(1, 1, 8),), mha),
     ]
 
 

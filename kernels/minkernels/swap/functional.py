@@ -21,21 +21,28 @@ PLAIN = Tensor, nn.Parameter, type(None)
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor | None:
-    if not (_ours(query) and _plain(key, value, attn_mask)) or query.is_nested or not 0.0 <= dropout_p < 1.0:
+    if not (type(query) is type(key) is type(value) is Tensor or _plain(query, key, value)) or not _ours(query) or query.is_nested:
         return None
     shape, keys, values = query.shape, key.shape, value.shape
     if len(shape) != 4:
         return _of_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if not 1 <= shape[3] <= MAX_HEAD_DIM or (keys != shape and not _keys_fit(shape, keys, enable_gqa)):
+    if not (1 <= shape[3] <= MAX_HEAD_DIM and 0.0 <= dropout_p < 1.0 and (keys == shape or _keys_fit(shape, keys, enable_gqa))):
         return None
     if values != keys and not (values[:-1] == keys[:-1] and 1 <= values[-1] <= MAX_HEAD_DIM):
         return None
-    mask = bias = None
-    if attn_mask is not None:
-        if is_causal or not _mask_fits(attn_mask, query, keys[2]):
-            return None
-        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
-    return _attention(query, key, value, "top-left" if is_causal else False, None, mask, bias, scale, dropout_p)
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        query, key, value = _autocast(query, key, value)
+    causal = "top-left" if is_causal else False
+    if attn_mask is None:
+        return attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+    dtype = attn_mask.dtype
+    if is_causal or not _mask_fits(attn_mask, shape, keys[2]) or not (type(attn_mask) is Tensor or _plain(attn_mask)):
+        return None
+    if dtype == torch.bool:
+        return attention(query, key, value, mask=attn_mask, scale=scale, dropout_p=dropout_p)
+    if dtype != query.dtype and dtype != torch.float32:
+        return None
+    return attention(query, key, value, bias=attn_mask, scale=scale, dropout_p=dropout_p)
 
 
 def multi_head_attention_forward(query, key, value, *args, **options) -> tuple[Tensor, None] | None:
@@ -54,36 +61,40 @@ def multi_head_attention(
     average_attn_weights=True, is_causal=False,
 ) -> tuple[Tensor, None] | None:  # fmt: skip
     """F.multi_head_attention_forward, also of (B, L, E); heads are not merged with the batch, nor masks with each other."""
-    E, H = embed_dim_to_check, num_heads
-    if need_weights or static_k is not None or static_v is not None or (is_causal and attn_mask is None):
+    E, H, shape = embed_dim_to_check, num_heads, query.shape if _ours(query) and not query.is_nested else ()
+    D = E // H
+    if need_weights or not 2 <= len(shape) <= 3 or shape[-1] != E or D * H != E or D > MAX_HEAD_DIM or not 0.0 <= dropout_p < 1.0:
         return None
-    if not (_ours(query) and _plain(key, value, key_padding_mask, attn_mask, in_proj_weight, out_proj_weight)) or query.is_nested:
+    if static_k is not None or static_v is not None or not _plain(in_proj_weight, q_proj_weight, out_proj_weight):
         return None
-    if not 2 <= query.dim() == key.dim() == value.dim() <= 3:
+    one, unbatched = query is key and key is value, len(shape) == 2
+    if not (one or (_plain(key, value) and key.dim() == value.dim() == len(shape) and key.shape[:-1] == value.shape[:-1])):
         return None
-    packed = query is key and key is value and not use_separate_proj_weight
-    unbatched = query.dim() == 2
     if unbatched:
         batch_first, query, key, value = True, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    (B, L), S = query.shape[:2] if batch_first else (query.shape[1], query.shape[0]), key.shape[1 if batch_first else 0]
-    if query.shape[-1] != E or E % H or E // H > MAX_HEAD_DIM or key.shape[:-1] != ((B, S) if batch_first else (S, B)):
+        shape = query.shape
+    B, L, _ = shape if batch_first else (shape[1], shape[0], E)
+    C, S, _ = shape if one else key.shape
+    if not batch_first:
+        C, S = S, C
+    if B != C or (is_causal and attn_mask is None):
         return None
-    if value.shape[:-1] != key.shape[:-1] or not 0.0 <= dropout_p < 1.0:
+    if attn_mask is not None and not _hides(attn_mask, (L, S), (B * H, L, S)):
         return None
-    if not _hides(attn_mask, ((L, S), (B * H, L, S))) or not _hides(key_padding_mask, ((B, S),)):
+    if key_padding_mask is not None and not _hides(key_padding_mask, (B, S)):
         return None
 
-    if packed:
-        qkv = F.linear(query, in_proj_weight, in_proj_bias).view(*query.shape[:2], 3, H, E // H)
+    if one and not use_separate_proj_weight:
+        qkv = F.linear(query, in_proj_weight, in_proj_bias).view(shape[0], shape[1], 3, H, D)
         q, k, v = qkv.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind()
     else:
         weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
         q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
-        q, k, v = (t.view(*t.shape[:2], H, E // H).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3)) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (H, D)).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3)) for t in (q, k, v))
     if bias_k is not None:
-        k, v = (torch.cat([t, b.view(1, H, 1, E // H).expand(B, -1, -1, -1)], 2) for t, b in ((k, bias_k), (v, bias_v)))
+        k, v = (torch.cat([t, b.view(1, H, 1, D).expand(B, -1, -1, -1)], 2) for t, b in ((k, bias_k), (v, bias_v)))
     if add_zero_attn:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
 
@@ -92,7 +103,9 @@ def multi_head_attention(
         causal = "top-left"
     elif attn_mask is not None or key_padding_mask is not None:
         key_mask, mask, bias = _masks(attn_mask, key_padding_mask, B, H, k.shape[2] - S)
-    out = _attention(q, k, v, causal, key_mask, mask, bias, None, dropout_p if training else 0.0)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        q, k, v = _autocast(q, k, v)
+    out = attention(q, k, v, causal=causal, key_mask=key_mask, mask=mask, bias=bias, dropout_p=dropout_p if training else 0.0)
     out = F.linear(out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2), out_proj_weight, out_proj_bias)
     return out.squeeze(0) if unbatched else out, None
 
@@ -181,15 +194,13 @@ def _keys_fit(shape, keys, enable_gqa) -> bool:
     return keys[1] == shape[1] or (enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
 
 
-def _mask_fits(mask, query, S) -> bool:
-    shape, dtype = mask.shape, mask.dtype
-    if dtype != torch.bool and dtype != query.dtype and dtype != torch.float32:
-        return False
-    B, H, L, _ = query.shape
-    if len(shape) != 4:
+def _mask_fits(mask, shape, S) -> bool:
+    B, H, L, _ = shape
+    own = mask.shape
+    if len(own) != 4:
         return _broadcasts(mask, (B, H, L, S))
-    b, h, l, s = shape
-    return (b == B or b == 1) and (h == H or h == 1) and (l == L or l == 1) and (s == S or s == 1)
+    b, h, l, s = own
+    return (s == S or s == 1) and (l == L or l == 1) and (h == H or h == 1) and (b == B or b == 1)
 
 
 def _broadcasts(t, shape) -> bool:
@@ -204,16 +215,15 @@ def _four(t, lead):
     return t.expand(*lead, *t.shape[-3:]).flatten(0, -4)
 
 
-def _attention(q, k, v, causal, key_mask=None, mask=None, bias=None, scale=None, dropout_p=0.0):
-    dtype = q.dtype
-    if (k.dtype != dtype or v.dtype != dtype) and torch.is_autocast_enabled(q.device.type):
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
-    return attention(q, k, v, causal=causal, key_mask=key_mask, mask=mask, bias=bias, scale=scale, dropout_p=dropout_p)
+def _autocast(*tensors):
+    """Of several dtypes, which is an error without autocast."""
+    device = tensors[0].device.type
+    return (t.to(torch.get_autocast_dtype(device)) for t in tensors) if torch.is_autocast_enabled(device) else tensors
 
 
-def _hides(mask, shapes) -> bool:
+def _hides(mask, *shapes) -> bool:
     """Whether nn.MultiheadAttention's mask, True or -inf where nothing may be seen, has one of these shapes."""
-    return mask is None or (mask.shape in shapes and (mask.dtype == torch.bool or mask.dtype in FLOATS))
+    return _plain(mask) and mask.shape in shapes and (mask.dtype == torch.bool or mask.dtype in FLOATS)
 
 
 def _masks(attn_mask, key_padding_mask, B, H, extra):

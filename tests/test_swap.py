@@ -136,10 +136,10 @@ def test_report():
         *((f"model.encoder.layers.{i}", "nn.TransformerEncoderLayer", "its own modules one by one, also in eval") for i in range(2)),
         ("model.encoder.layers.0.self_attn", "nn.MultiheadAttention", "attention, in calls with need_weights=False"),
         ("model.encoder.layers.1.self_attn", "nn.MultiheadAttention", "attention, in calls with need_weights=False"),
-        ("model.attn", "sdpa", "attention"),
+        ("model.attn", "sdpa", "attention, in its forward"),
         ("model.loss", "nn.CrossEntropyLoss", "cross_entropy (of 16-bit logits: float32)"),
-        ("processed", "F.scaled_dot_product_attention", "attention"),
-        ("inherited", "F.cross_entropy", "cross_entropy"),
+        ("processed", "F.scaled_dot_product_attention", "attention, in its forward"),
+        ("inherited", "F.cross_entropy", "cross_entropy, in its forward"),
     }
     assert {(x.where, x.what, x.why) for x in report.left} == {
         ("overridden", "a subclass of nn.CrossEntropyLoss", "it has a forward of its own"),

@@ -42,7 +42,7 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
     names = tuple(name for name in NAMES if name in inside.values())
     if names:
         change = forward(module, functools.partial(_inside, Functions(names)))
-        by = ", ".join(dict.fromkeys(OPS[name] for name in names))
+        by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
         yield from _unless_replaced(Swap(where, ", ".join(sorted(inside)), by, module, (change,)))
     for known in PLAIN:
         if isinstance(module, known) and not names:

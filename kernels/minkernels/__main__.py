@@ -1,7 +1,9 @@
-"""python -m minkernels: what is active on this machine and why. python -m minkernels build: builds the C++ library."""
+"""python -m minkernels: what is active on this machine and why. python -m minkernels build: builds the C++ library.
+python -m minkernels kernels-layout DIR: our layers for Hugging Face's kernels package."""
 
 import argparse
 import importlib.util
+import pathlib
 import sys
 
 import minkernels
@@ -13,6 +15,8 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     build = commands.add_parser("build", help="build the C++ library, in place, with g++ and ninja; with pybind11 also minkernels._host")
     build.add_argument("-v", "--verbose", action="store_true", help="print the compiler's command lines")
+    layout = commands.add_parser("kernels-layout", help="write the folder from which Hugging Face's kernels package takes our layers")
+    layout.add_argument("dir", type=pathlib.Path, help="for kernels.LocalLayerRepository(DIR, layer_name=...); made if it is not there")
     args = parser.parse_args()
     if args.command == "build":
         try:
@@ -24,6 +28,11 @@ def main() -> int:
         except RuntimeError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+    elif args.command == "kernels-layout":
+        from minkernels.swap import layers
+
+        for folder in layers.write(args.dir):
+            print("written", folder)
     else:
         print(minkernels.info())
     return 0

@@ -69,14 +69,16 @@ def unswap(model: nn.Module) -> tuple[Replaced, ...]:
 def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | None]:
     """with swapped(model, ...): swap(model, ...) inside, as it was after; a model swapped before stays swapped.
 
-    with swapped(): no model is touched; inside, calls of F.scaled_dot_product_attention, F.cross_entropy,
-    F.binary_cross_entropy_with_logits and torchvision.ops.nms take our kernels, whoever makes them in this thread. Each call of any
-    other function of torch costs about a microsecond more there.
+    with swapped(): no model is touched; inside, calls of F.scaled_dot_product_attention, F.multi_head_attention_forward,
+    F.cross_entropy, F.binary_cross_entropy_with_logits and torchvision.ops.nms take our kernels, whoever makes them in this thread, and
+    PyTorch's own where they want what we lack. Each call of any other function of torch costs about a microsecond more there.
     """
     if model is None:
         if options:
             raise TypeError(f"swapped() without a model takes no options, got {', '.join(options)}")
-        with importlib.import_module("minkernels.swap.mode").functions():
+        from minkernels.swap.mode import functions  # importlib would stop torch.compile
+
+        with functions():
             yield None
         return
     report = swap(model, **options)

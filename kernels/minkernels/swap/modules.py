@@ -1,20 +1,119 @@
-"""Plain nn modules."""
+"""Plain nn modules, and whatever calls one of PyTorch's functions in its forward."""
 
-from collections.abc import Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from minkernels.cross_entropy.ops import cross_entropy
-from minkernels.swap.changes import Left, Swap, forward
+from minkernels.swap import functional
+from minkernels.swap.calls import calls
+from minkernels.swap.changes import Attribute, Left, Swap, forward
+from minkernels.swap.mode import NAMES, Functions
+
+OPS = {
+    "scaled_dot_product_attention": "attention",
+    "multi_head_attention_forward": "attention",
+    "cross_entropy": "cross_entropy",
+    "binary_cross_entropy_with_logits": "bce_with_logits",
+    "nms": "nms",
+}
 
 
 def plan(model: nn.Module, **_) -> Iterator[Swap | Left]:
+    calls_of = functools.cache(functools.partial(calls, names=NAMES))
+    spared = _of_transformers(model)
     for where, module in model.named_modules():
-        if type(module) is nn.CrossEntropyLoss:
-            yield Swap(where, "nn.CrossEntropyLoss", "cross_entropy", module, (forward(module, _cross_entropy),))
+        if module not in spared:
+            yield from _plan(where, module, calls_of)
 
 
-def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
-    return cross_entropy(
-        input, target, module.weight, ignore_index=module.ignore_index, reduction=module.reduction, label_smoothing=module.label_smoothing
+def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | Left]:
+    cls = type(module)
+    for known, (by, changes) in PLAIN.items():
+        if cls.forward is known.forward:
+            yield from _unless_replaced(Swap(where, f"nn.{known.__name__}", by, module, changes(module)))
+            return
+    inside, outside = calls_of(cls, "forward")
+    package = cls.__module__.partition(".")[0]
+    for helper in {type(value) for value in vars(module).values()}:  # the processors of diffusers, say
+        if helper.__module__.partition(".")[0] == package and not issubclass(helper, nn.Module):
+            inside = inside | calls_of(helper, "__call__")[0]
+    names = tuple(name for name in NAMES if name in inside.values())
+    if names:
+        change = forward(module, functools.partial(_inside, Functions(names)))
+        by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
+        yield from _unless_replaced(Swap(where, ", ".join(sorted(inside)), by, module, (change,)))
+    for known in PLAIN:
+        if isinstance(module, known) and not names:
+            yield Left(where, f"a subclass of nn.{known.__name__}", "it has a forward of its own")
+    if outside:
+        yield Left(where, ", ".join(sorted(outside)), "not called by forward: run what calls it inside swapped()")
+
+
+def _unless_replaced(swap: Swap) -> Iterator[Swap | Left]:
+    present = vars(swap.module).get("forward")
+    if present is not None and not (isinstance(present, functools.partial) and present.func.__module__ == __name__):
+        yield Left(swap.where, swap.what, "something else has replaced its forward")
+    elif swap.changes:
+        yield swap
+
+
+def _of_transformers(model: nn.Module) -> set[nn.Module]:
+    """Modules that another adapter looks after."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    roots = [m for m in model.modules() if isinstance(m, base) or type(m).__module__.partition(".")[0] == "transformers"]
+    return {m for root in roots for m in root.modules()}
+
+
+def _inside(mode: Functions, module: nn.Module, *args, **kwargs):
+    with mode:
+        return type(module).forward(module, *args, **kwargs)
+
+
+def cross_entropy_loss(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
+    loss = functional.cross_entropy(
+        input, target, module.weight, None, module.ignore_index, None, module.reduction, module.label_smoothing
     )
+    return type(module).forward(module, input, target) if loss is None else loss
+
+
+def bce_with_logits_loss(module: nn.BCEWithLogitsLoss, input: Tensor, target: Tensor) -> Tensor:
+    loss = functional.binary_cross_entropy_with_logits(input, target, module.weight, None, None, module.reduction, module.pos_weight)
+    return type(module).forward(module, input, target) if loss is None else loss
+
+
+def multihead_attention(
+    module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+    need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    out = None
+    if not need_weights:
+        separate = not module._qkv_same_embed_dim
+        projections = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if separate else (None, None, None)
+        out = functional.multi_head_attention(
+            module.batch_first, query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
+            module.bias_k, module.bias_v, module.add_zero_attn, module.dropout, module.out_proj.weight, module.out_proj.bias,
+            module.training, key_padding_mask, False, attn_mask, separate, *projections, is_causal=is_causal,
+        )  # fmt: skip
+    if out is None:
+        out = type(module).forward(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+    return out
+
+
+PLAIN = {
+    nn.MultiheadAttention: (
+        "attention, in calls with need_weights=False",
+        lambda module: (forward(module, multihead_attention),),
+    ),
+    nn.TransformerEncoderLayer: (
+        "its own modules one by one, also in eval",
+        lambda layer: (Attribute(layer, "activation_relu_or_gelu", 0),) if layer.activation_relu_or_gelu else (),
+    ),
+    nn.TransformerEncoder: (
+        "no nested tensors: padded places hold values, not zeros",
+        lambda encoder: (Attribute(encoder, "use_nested_tensor", False),) if encoder.use_nested_tensor else (),
+    ),
+    nn.CrossEntropyLoss: ("cross_entropy (of 16-bit logits: float32)", lambda module: (forward(module, cross_entropy_loss),)),
+    nn.BCEWithLogitsLoss: ("bce_with_logits (of 16-bit logits: float32)", lambda module: (forward(module, bce_with_logits_loss),)),
+}

@@ -1,0 +1,242 @@
+"""PyTorch's functions, by their own arguments, on our kernels; None where a call wants what we lack: then PyTorch's own is to be called.
+
+Results are PyTorch's within rounding, except that the loss of 16-bit logits is float32, a query that sees no key gives zeros, and
+second derivatives raise.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from minkernels._checks import FLOATS, REDUCTIONS
+from minkernels.attention.ops import MAX_HEAD_DIM, attention
+from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
+from minkernels.nms.ops import nms as our_nms
+from minkernels.segmentation.ops import bce_with_logits
+
+PLAIN = Tensor, nn.Parameter, type(None)
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor | None:
+    if not (type(query) is type(key) is type(value) is Tensor or _plain(query, key, value)) or not _ours(query) or query.is_nested:
+        return None
+    shape, keys, values = query.shape, key.shape, value.shape
+    if len(shape) != 4:
+        return _of_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if not (1 <= shape[3] <= MAX_HEAD_DIM and 0.0 <= dropout_p < 1.0 and (keys == shape or _keys_fit(shape, keys, enable_gqa))):
+        return None
+    if values != keys and not (values[:-1] == keys[:-1] and 1 <= values[-1] <= MAX_HEAD_DIM):
+        return None
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        query, key, value = _autocast(query, key, value)
+    causal = "top-left" if is_causal else False
+    if attn_mask is None:
+        return attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+    dtype = attn_mask.dtype
+    if is_causal or not _mask_fits(attn_mask, shape, keys[2]) or not (type(attn_mask) is Tensor or _plain(attn_mask)):
+        return None
+    if dtype == torch.bool:
+        return attention(query, key, value, mask=attn_mask, scale=scale, dropout_p=dropout_p)
+    if dtype != query.dtype and dtype != torch.float32:
+        return None
+    return attention(query, key, value, bias=attn_mask, scale=scale, dropout_p=dropout_p)
+
+
+def multi_head_attention_forward(query, key, value, *args, **options) -> tuple[Tensor, None] | None:
+    if not (_ours(query) and _plain(key, value)) or query.is_nested:
+        return None
+    if query.dim() != 3 or query.stride(1) <= query.stride(0):
+        return multi_head_attention(False, query, key, value, *args, **options)
+    out = multi_head_attention(True, *transposed(query, key, value), *args, **options)  # projected as it lies: nothing is copied
+    return out and (out[0].transpose(0, 1), None)
+
+
+def multi_head_attention(
+    batch_first, query, key, value, embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v, add_zero_attn,
+    dropout_p, out_proj_weight, out_proj_bias, training=True, key_padding_mask=None, need_weights=True, attn_mask=None,
+    use_separate_proj_weight=False, q_proj_weight=None, k_proj_weight=None, v_proj_weight=None, static_k=None, static_v=None,
+    average_attn_weights=True, is_causal=False,
+) -> tuple[Tensor, None] | None:  # fmt: skip
+    """F.multi_head_attention_forward, also of (B, L, E); heads are not merged with the batch, nor masks with each other."""
+    E, H, shape = embed_dim_to_check, num_heads, query.shape if _ours(query) and not query.is_nested else ()
+    D = E // H
+    if need_weights or not 2 <= len(shape) <= 3 or shape[-1] != E or D * H != E or D > MAX_HEAD_DIM or not 0.0 <= dropout_p < 1.0:
+        return None
+    if static_k is not None or static_v is not None or not _plain(in_proj_weight, q_proj_weight, out_proj_weight):
+        return None
+    one, unbatched = query is key and key is value, len(shape) == 2
+    if not (one or (_plain(key, value) and key.dim() == value.dim() == len(shape) and key.shape[:-1] == value.shape[:-1])):
+        return None
+    if unbatched:
+        batch_first, query, key, value = True, query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        shape = query.shape
+    B, L, _ = shape if batch_first else (shape[1], shape[0], E)
+    C, S, _ = shape if one else key.shape
+    if not batch_first:
+        C, S = S, C
+    if B != C or (is_causal and attn_mask is None):
+        return None
+    if attn_mask is not None and not _hides(attn_mask, (L, S), (B * H, L, S)):
+        return None
+    if key_padding_mask is not None and not _hides(key_padding_mask, (B, S)):
+        return None
+
+    if one and not use_separate_proj_weight:
+        qkv = F.linear(query, in_proj_weight, in_proj_bias).view(shape[0], shape[1], 3, H, D)
+        q, k, v = qkv.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind()
+    else:
+        weights = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight.chunk(3)
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        q, k, v = (F.linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (t.unflatten(-1, (H, D)).permute((0, 2, 1, 3) if batch_first else (1, 2, 0, 3)) for t in (q, k, v))
+    if bias_k is not None:
+        k, v = (torch.cat([t, b.view(1, H, 1, D).expand(B, -1, -1, -1)], 2) for t, b in ((k, bias_k), (v, bias_v)))
+    if add_zero_attn:
+        k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+
+    causal, key_mask, mask, bias = False, None, None, None
+    if is_causal and key_padding_mask is None:  # PyTorch believes the hint in this case, too
+        causal = "top-left"
+    elif attn_mask is not None or key_padding_mask is not None:
+        key_mask, mask, bias = _masks(attn_mask, key_padding_mask, B, H, k.shape[2] - S)
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        q, k, v = _autocast(q, k, v)
+    out = attention(q, k, v, causal=causal, key_mask=key_mask, mask=mask, bias=bias, dropout_p=dropout_p if training else 0.0)
+    out = F.linear(out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2), out_proj_weight, out_proj_bias)
+    return out.squeeze(0) if unbatched else out, None
+
+
+def cross_entropy(
+    input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
+) -> Tensor | None:
+    if not (_ours(input) and _plain(target, weight)) or size_average is not None or reduce is not None or reduction not in REDUCTIONS:
+        return None
+    shape = input.shape
+    classes = shape[1:2] or shape
+    if not classes or classes[0] == 0 or not 0.0 <= label_smoothing <= 1.0:
+        return None
+    if target.dtype == torch.int64:
+        if target.shape != (shape[:1] if len(shape) == 2 else shape[:1] + shape[2:] if len(shape) > 1 else ()):
+            return None
+    else:  # probabilities, no wider than what the loss is computed in
+        wide = torch.promote_types(target.dtype, input.dtype) not in (input.dtype, torch.float32)
+        if wide or target.shape != shape or target.dtype not in FLOATS or ignore_index >= 0:
+            return None
+    if weight is not None and (weight.dtype != input.dtype or weight.shape != classes or weight.requires_grad):
+        return None
+    return our_cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+
+
+def binary_cross_entropy_with_logits(
+    input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
+) -> Tensor | None:
+    if not (_ours(input) and _plain(target, weight, pos_weight)) or size_average is not None or reduce is not None:
+        return None
+    if target.shape != input.shape or reduction not in REDUCTIONS:
+        return None
+    for t in (target, weight, pos_weight):
+        if t is not None and (t.dtype != input.dtype or t.requires_grad or not _broadcasts(t, input.shape)):
+            return None
+    return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)
+
+
+def nms(dets, scores, iou_threshold) -> Tensor | None:
+    """torchvision::nms, the operator."""
+    if not (_ours(dets) and _plain(scores)) or dets.dtype != scores.dtype or not 0.0 <= iou_threshold <= 1.0:
+        return None
+    if dets.dim() != 2 or dets.shape[1] != 4 or scores.shape != dets.shape[:1]:
+        return None
+    return our_nms(dets, scores, iou_threshold)
+
+
+def transposed(query, key, value):
+    """Of one tensor given thrice, one: its projections are then one product."""
+    q = query.transpose(0, 1)
+    k = q if key is query else key.transpose(0, 1)
+    return q, k, k if value is key else value.transpose(0, 1)
+
+
+def _ours(t) -> bool:
+    """A device and a dtype that we have; no forward-mode AD, which we have not."""
+    if type(t) not in PLAIN and not _plain(t):
+        return False
+    return forward_ad._current_level < 0 and t.dtype in FLOATS and (t.is_cpu or (t.is_cuda and t.dtype != torch.float64))
+
+
+def _plain(*tensors) -> bool:
+    """No classes with ways of their own, but the fake tensors of torch.export."""
+    for t in tensors:
+        kind = type(t)
+        if kind not in PLAIN and not kind.__module__.startswith("torch._subclasses."):
+            return False
+    return True
+
+
+def _of_any_rank(query, key, value, attn_mask, *options) -> Tensor | None:
+    lead = query.shape[:-3]
+    if query.dim() < 3 or key.shape[:-3] != lead or value.shape[:-3] != lead or (attn_mask is not None and attn_mask.dim() > query.dim()):
+        return None
+    four = (t if t is None else _four(t, lead) for t in (query, key, value, attn_mask))
+    out = scaled_dot_product_attention(*four, *options)
+    if out is None:
+        return None
+    return out.unflatten(0, lead) if lead else out[0]
+
+
+def _keys_fit(shape, keys, enable_gqa) -> bool:
+    """Not where a batch or a head of 1 stands for more."""
+    if len(keys) != 4 or keys[0] != shape[0] or keys[3] != shape[3]:
+        return False
+    return keys[1] == shape[1] or (enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
+
+
+def _mask_fits(mask, shape, S) -> bool:
+    B, H, L, _ = shape
+    own = mask.shape
+    if len(own) != 4:
+        return _broadcasts(mask, (B, H, L, S))
+    b, h, l, s = own
+    return (s == S or s == 1) and (l == L or l == 1) and (h == H or h == 1) and (b == B or b == 1)
+
+
+def _broadcasts(t, shape) -> bool:
+    own = t.shape
+    return len(own) <= len(shape) and all(n in (1, size) for n, size in zip(reversed(own), reversed(shape), strict=False))
+
+
+def _four(t, lead):
+    """(*lead, H, rows, columns) as (B, H, rows, columns). A mask may have fewer dimensions, which stand for all."""
+    if t.dim() <= 3:
+        return t.unsqueeze(0) if t.dim() == 3 and not lead else t
+    return t.expand(*lead, *t.shape[-3:]).flatten(0, -4)
+
+
+def _autocast(*tensors):
+    """Of several dtypes, which is an error without autocast."""
+    device = tensors[0].device.type
+    return (t.to(torch.get_autocast_dtype(device)) for t in tensors) if torch.is_autocast_enabled(device) else tensors
+
+
+def _hides(mask, *shapes) -> bool:
+    """Whether nn.MultiheadAttention's mask, True or -inf where nothing may be seen, has one of these shapes."""
+    return _plain(mask) and mask.shape in shapes and (mask.dtype == torch.bool or mask.dtype in FLOATS)
+
+
+def _masks(attn_mask, key_padding_mask, B, H, extra):
+    """key_mask, mask and bias of attention, which has `extra` keys behind those of the masks, seen by every query."""
+    key_mask = mask = bias = None
+    if attn_mask is not None:
+        attn_mask = F.pad(attn_mask, (0, extra)) if extra else attn_mask
+        attn_mask = attn_mask.unflatten(0, (B, H)) if attn_mask.dim() == 3 else attn_mask
+        mask, bias = (~attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    if key_padding_mask is not None:
+        hidden = F.pad(key_padding_mask, (0, extra)) if extra else key_padding_mask
+        if hidden.dtype == torch.bool:
+            key_mask = ~hidden
+        else:
+            bias = hidden[:, None, None] if bias is None else bias + hidden[:, None, None]
+    return key_mask, mask, bias

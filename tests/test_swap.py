@@ -1,0 +1,494 @@
+"""swap, unswap and swapped of models made of torch.nn and of code that calls its functions."""
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import minkernels
+from minkernels import SwapReport, swap, swapped, unswap
+from swap_cases import Graphs, module_judged, ours
+
+pytestmark = [
+    pytest.mark.usefixtures("library"),
+    pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:enable_nested_tensor:UserWarning", "ignore:Support for mis"),
+]
+
+
+def attend(q, k, v):
+    return sdpa(q, k, v)
+
+
+class Attention(nn.Module):
+    """As timm's: F.scaled_dot_product_attention, here in a function of the same package that a method calls."""
+
+    def __init__(self, width=32, heads=4):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        return self.proj(self.heads_of(x).transpose(1, 2).flatten(2))
+
+    def heads_of(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return attend(q, k, v)
+
+
+class Processor:
+    def __call__(self, module, x):
+        return F.scaled_dot_product_attention(x, x, x, scale=module.scale)
+
+
+class Processed(nn.Module):
+    """As diffusers': a plain object does the work."""
+
+    def __init__(self):
+        super().__init__()
+        self.processor, self.scale = Processor(), 0.5
+
+    def forward(self, x):
+        return self.processor(self, x)
+
+
+class Inherited(nn.CrossEntropyLoss):
+    def forward(self, input, target):
+        return 2 * super().forward(input, target)
+
+
+class Overridden(nn.CrossEntropyLoss):
+    def forward(self, input, target):
+        return (input.softmax(1) - F.one_hot(target, input.shape[1])).square().mean()
+
+
+class Trainer(nn.Module):
+    """Its loss is not in forward; nms is a function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.nms(self.linear(x))
+
+    def nms(self, x):
+        return x.relu()
+
+    def training_step(self, x, target):
+        return F.cross_entropy(self(x), target)
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.attn = Attention()
+        self.head = nn.Linear(32, 7)
+        self.loss = nn.CrossEntropyLoss(ignore_index=3)
+
+    def forward(self, x, target, padding=None):
+        x = self.attn(self.encoder(x, src_key_padding_mask=padding))
+        return self.loss(self.head(x).flatten(0, 1), target.flatten())
+
+
+def batch(length=5):
+    padding = torch.zeros(2, length, dtype=torch.bool)
+    padding[1, 3:] = True
+    return torch.randn(2, length, 32), torch.randint(7, (2, length)), padding
+
+
+def state_of(model):
+    """Everything that a swap may not change: attributes, parameters, buffers, hooks, and what the classes and torch hold."""
+    modules = {name: {k: v if isinstance(v, nn.Module | torch.Tensor) else copy.copy(v) for k, v in vars(m).items()}
+               for name, m in model.named_modules()}  # fmt: skip
+    classes = {cls: dict(vars(cls)) for m in model.modules() for cls in type(m).__mro__}
+    functions = {name: getattr(F, name) for name in dir(F)}
+    kernels = [torch._C._dispatch_get_registrations_for_dispatch_key(key) for key in ("CPU", "CUDA", "Autograd")]
+    switches = torch.backends.mha.get_fastpath_enabled(), torch._C._len_torch_function_stack(), sorted(vars(torch.ops))
+    return modules, classes, functions, kernels, switches
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a is b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a is b or a == b
+
+
+def test_report():
+    model = nn.ModuleDict(
+        {"model": Model(), "processed": Processed(), "inherited": Inherited(), "overridden": Overridden(), "trainer": Trainer()}
+    )
+    report = swap(model)
+    assert {(r.where, r.what, r.by) for r in report.replaced} == {
+        ("model.encoder", "nn.TransformerEncoder", "no nested tensors: padded places hold values, not zeros"),
+        *((f"model.encoder.layers.{i}", "nn.TransformerEncoderLayer", "its own modules one by one, also in eval") for i in range(2)),
+        ("model.encoder.layers.0.self_attn", "nn.MultiheadAttention", "attention, in calls with need_weights=False"),
+        ("model.encoder.layers.1.self_attn", "nn.MultiheadAttention", "attention, in calls with need_weights=False"),
+        ("model.attn", "sdpa", "attention, in its forward"),
+        ("model.loss", "nn.CrossEntropyLoss", "cross_entropy (of 16-bit logits: float32)"),
+        ("processed", "F.scaled_dot_product_attention", "attention, in its forward"),
+        ("inherited", "F.cross_entropy", "cross_entropy, in its forward"),
+    }
+    assert {(x.where, x.what, x.why) for x in report.left} == {
+        ("overridden", "a subclass of nn.CrossEntropyLoss", "it has a forward of its own"),
+        ("trainer", "F.cross_entropy", "not called by forward: run what calls it inside swapped()"),
+    }
+    assert "model.encoder.layers.0.self_attn and 1 more" in str(report)
+    again = swap(model)
+    assert again.replaced == () and set(again.already) == set(report.replaced) and again.left == report.left
+    with pytest.raises(ValueError, match=r"not all of it can be swapped(.|\n)*overridden"):
+        swap(model, strict=True)
+    assert set(unswap(model)) == set(report.replaced) and unswap(model) == ()
+
+
+def test_nothing_to_swap():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    assert swap(model) == SwapReport((), ()) and str(swap(model)) == "nothing to swap in this model"
+    with pytest.raises(ValueError, match="nothing to swap"):
+        swap(model, strict=True)
+    for function in (swap, unswap):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+            function(3)
+
+
+def test_taken_back_bit_for_bit():
+    model, (x, target, padding) = Model(), batch()
+    model.head.register_forward_hook(lambda *_: None)
+    ours(model, x, target, padding)  # PyTorch imports some of itself at the first call
+    before, expected = state_of(model), model(x, target, padding)
+    with swapped(model) as report:
+        assert len(report.replaced) == 7
+        out, names = ours(model, x, target, padding)
+        assert names == ["attention_fwd"] * 3 + ["cross_entropy_fwd"]
+        assert all(a is b for a, b in zip(model.state_dict(keep_vars=True).values(), model.parameters(), strict=True))
+        torch.testing.assert_close(out, expected)
+    assert same(state_of(model), before)
+    assert torch.equal(model(x, target, padding), expected)
+    with pytest.raises(KeyError), swapped(model):
+        raise KeyError
+    assert same(state_of(model), before)
+
+
+def test_swapped_before_stays():
+    model = Model()
+    swap(model)
+    with swapped(model) as report:
+        assert report.replaced == () and len(report.already) == 7
+    assert len(unswap(model)) == 7
+
+
+def test_a_part():
+    model, (x, target, padding) = Model().eval(), batch()
+    swap(model)
+    assert len(unswap(model.encoder)) == 5
+    with torch.no_grad():
+        assert ours(model, x, target, padding)[1] == ["attention_fwd", "cross_entropy_fwd"]
+    assert len(swap(model).replaced) == 5
+    unswap(model)
+    swap(model.encoder.layers[1])  # the encoder hands it nested tensors
+    with torch.no_grad():
+        expected, layer = copy.deepcopy(model), model.encoder.layers[1]
+        unswap(expected)
+        torch.testing.assert_close(model(x, target, padding), expected(x, target, padding))
+        assert ours(layer, x)[1] == ["attention_fwd"]
+
+
+def test_inside_swapped():
+    model, (x, target, padding) = Model(), batch()
+    expected = model(x, target, padding)
+    with swapped():
+        swap(model)
+        out, names = ours(model, x, target, padding)
+    assert names == ["attention_fwd"] * 3 + ["cross_entropy_fwd"]
+    torch.testing.assert_close(out, expected)
+    assert ours(model, x, target, padding)[1] == names  # the model stays swapped
+    unswap(model)
+
+
+def test_forward_replaced_by_others():
+    model = nn.Sequential(Attention(), nn.CrossEntropyLoss())
+    for module in model:
+        module.forward = functools.partial(type(module).forward, module)  # as accelerate does
+    kept = [module.forward for module in model]
+    report = swap(model)
+    assert not report.replaced and [x.why for x in report.left] == ["something else has replaced its forward"] * 2
+    assert [module.forward for module in model] == kept
+
+
+def test_models_of_transformers_are_anothers(monkeypatch):
+    class PreTrainedModel(Model):
+        pass
+
+    package = types.ModuleType("transformers.modeling_utils")
+    package.PreTrainedModel = PreTrainedModel
+    monkeypatch.setitem(sys.modules, "transformers.modeling_utils", package)
+    report = swap(nn.ModuleDict({"theirs": nn.ModuleList([PreTrainedModel()]), "ours": nn.BCEWithLogitsLoss()}))
+    assert [r.where for r in report.replaced] == ["ours"]
+
+
+def test_copies():
+    model, (x, target, padding) = Model(), batch()
+    swap(model)
+    expected = model(x, target, padding)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        names = ours(twin, x, target, padding)[1]
+        assert names == ["attention_fwd"] * 3 + ["cross_entropy_fwd"]
+        assert torch.equal(twin(x, target, padding), expected)
+        with torch.no_grad():
+            twin.head.weight.zero_()  # its own weights, not those of the first
+        assert torch.equal(model(x, target, padding), expected)
+        assert len(unswap(twin)) == 7 and ours(twin, x, target, padding)[1] == []
+    assert ours(model.double().eval(), x.double(), target, padding)[1] == names
+
+
+MHA = {  # of the module; what forward gets besides
+    "self": ({}, {}),
+    "seq-first": ({"batch_first": False}, {}),
+    "no-bias": ({"bias": False}, {}),
+    "memory": ({}, {"memory": 32}),
+    "own-dims": ({"kdim": 24, "vdim": 40}, {"memory": (24, 40)}),
+    "bias-kv": ({"add_bias_kv": True}, {"padding": bool, "mask": bool}),
+    "zero-attn": ({"add_zero_attn": True, "batch_first": False}, {"padding": float, "mask": float}),
+    "both-extra": ({"add_zero_attn": True, "add_bias_kv": True}, {"mask": bool}),
+    "padding": ({}, {"padding": bool}),
+    "padding-float": ({}, {"padding": float}),
+    "mask": ({}, {"mask": bool}),
+    "mask-float": ({}, {"mask": float}),
+    "mask-of-heads": ({}, {"mask": bool, "heads": True}),
+    "mask-float-of-heads": ({}, {"mask": float, "heads": True, "padding": bool}),
+    "both-bool": ({}, {"mask": bool, "padding": bool}),
+    "both-float": ({}, {"mask": float, "padding": float}),
+    "causal": ({}, {"mask": "causal"}),
+    "causal-padding": ({}, {"mask": "causal", "padding": bool}),
+    "unbatched": ({}, {"unbatched": True, "mask": bool, "padding": bool}),
+    "unbatched-seq-first": ({"batch_first": False}, {"unbatched": True}),
+}
+
+
+def mha_case(kind, L=6, S=6, dtype=torch.float32):
+    """(module, inputs, options)"""
+    of_module, given = kind
+    of_module = {"batch_first": True, **of_module}
+    module = nn.MultiheadAttention(32, 4, **of_module, dtype=dtype)
+    nn.init.normal_(module.in_proj_bias) if module.in_proj_bias is not None else None
+    B, unbatched, memory, options = 3, given.get("unbatched"), given.get("memory"), {}
+
+    def tensor(length, width):
+        shape = (length, width) if unbatched else (B, length, width) if module.batch_first else (length, B, width)
+        return torch.randn(shape).to(dtype).requires_grad_()
+
+    inputs = [tensor(L, 32)]
+    if memory:
+        S = 5
+        inputs += [tensor(S, 32)] if memory == 32 else [tensor(S, width) for width in memory]
+    if given.get("padding"):
+        hidden = torch.rand(B, S) < 0.3
+        hidden[:, 0] = False
+        hidden = hidden[0] if unbatched else hidden
+        options["key_padding_mask"] = hidden if given["padding"] is bool else torch.randn(hidden.shape).masked_fill(hidden, -torch.inf)
+    if given.get("mask") == "causal":
+        options |= {"attn_mask": torch.ones(L, S, dtype=torch.bool).triu(1), "is_causal": True}
+    elif given.get("mask"):
+        shape = (B * 4, L, S) if given.get("heads") else (L, S)
+        hidden = torch.rand(shape) < 0.3
+        hidden[..., 0] = False
+        options["attn_mask"] = hidden if given["mask"] is bool else torch.randn(shape).masked_fill(hidden, -torch.inf)
+    return module, inputs, options
+
+
+def as_dtype(options, dtype):
+    return {k: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+
+
+@pytest.mark.parametrize("scope, dtype", [("module", torch.float32), ("module", torch.bfloat16), ("functions", torch.float32)], ids=str)
+@pytest.mark.parametrize("kind", MHA.values(), ids=MHA)
+def test_multihead_attention(kind, scope, dtype):
+    module, inputs, options = mha_case(kind, dtype=dtype)
+
+    def call(m, query, *memory):
+        key, value = (memory[0], memory[-1]) if memory else (query, query)
+        return m(query, key, value, need_weights=False, **as_dtype(options, query.dtype))[0]
+
+    twin = copy.deepcopy(module)
+    if scope == "module":
+        swap(twin)
+        swapped_call = call
+    else:
+
+        def swapped_call(m, *args):
+            with swapped() if m is twin else torch.enable_grad():
+                return call(m, *args)
+
+    module_judged(module, twin, inputs, swapped_call)
+    result, names = ours(swapped_call, twin, *inputs)
+    assert names == ["attention_fwd"]
+    plain = call(module, *inputs)
+    assert result.shape == plain.shape
+    for t in (twin, module):  # eval without gradients: PyTorch's has a fast path
+        t.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(swapped_call(twin, *inputs), call(module, *inputs), rtol=0.02, atol=0.02)
+        assert ours(swapped_call, twin, *inputs)[1] == ["attention_fwd"]
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_weights_are_pytorchs(average):
+    module, (x,), options = mha_case(MHA["both-bool"])
+    expected = module(x, x, x, average_attn_weights=average, **options)
+    swap(module)
+    result, names = ours(module, x, x, x, average_attn_weights=average, **options)
+    assert names == [] and all(map(torch.equal, result, expected))
+
+
+def test_bad_masks_are_pytorchs():
+    module, (x,), _ = mha_case(MHA["self"])
+    plain = copy.deepcopy(module)
+    swap(module)
+    for bad in (
+        {"attn_mask": torch.zeros(1, 6, dtype=torch.bool)},  # would broadcast
+        {"attn_mask": torch.zeros(4, 6, 6, dtype=torch.bool)},
+        {"attn_mask": torch.zeros(6, 6, dtype=torch.int64)},
+        {"key_padding_mask": torch.zeros(3, 5, dtype=torch.bool)},
+        {"is_causal": True},
+    ):
+        errors = []
+        for m in (plain, module):
+            with pytest.raises(Exception) as raised:
+                m(x, x, x, need_weights=False, **bad)
+            errors.append((raised.type, str(raised.value)))
+        assert errors[0] == errors[1]
+
+
+def test_dropout():
+    module = nn.MultiheadAttention(32, 4, dropout=0.5, batch_first=True)
+    swap(module)
+    x = torch.randn(1, 40, 32)
+    torch.manual_seed(1)
+    a = module(x, x, x, need_weights=False)[0]
+    torch.manual_seed(1)
+    b = module(x, x, x, need_weights=False)[0]
+    assert torch.equal(a, b) and not torch.equal(a, module(x, x, x, need_weights=False)[0])
+    module.eval()
+    assert torch.equal(module(x, x, x, need_weights=False)[0], module(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("masked", ["", "padding", "mask", "causal-padding"])
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post", "pre"])
+def test_encoder(norm_first, masked, training):
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=norm_first, activation="gelu")
+    model, (x, _, padding) = nn.TransformerEncoder(layer, 2).train(training), batch()
+    twin = copy.deepcopy(model)
+    swap(twin)
+    seen = ~padding if "padding" in masked else torch.ones_like(padding)  # what stands at padded places is anyone's guess
+
+    def call(m, x):
+        options = {"src_key_padding_mask": padding} if "padding" in masked else {}
+        if "mask" in masked:
+            options["mask"] = torch.ones(5, 5).triu(2).bool()
+        if "causal" in masked:
+            options |= {"mask": nn.Transformer.generate_square_subsequent_mask(5).to(x.dtype), "is_causal": True}
+        return m(x, **options)[seen]
+
+    module_judged(model, twin, [x.requires_grad_()], call)
+    with torch.no_grad():
+        out, names = ours(call, twin, x)
+        torch.testing.assert_close(out, call(model, x))
+    assert names == ["attention_fwd"] * 2
+
+
+def test_decoder():
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(32, 4, 64, dropout=0.0, batch_first=True), 2)
+    twin = copy.deepcopy(model)
+    assert len(swap(twin, strict=True).replaced) == 4
+    x, memory, causal = torch.randn(2, 5, 32).requires_grad_(), torch.randn(2, 7, 32), nn.Transformer.generate_square_subsequent_mask(5)
+    module_judged(
+        model, twin, [x, memory.requires_grad_()], lambda m, x, memory: m(x, memory, tgt_mask=causal.to(x.dtype), tgt_is_causal=True)
+    )
+    assert ours(twin, x, memory)[1] == ["attention_fwd"] * 4
+
+
+@pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "ce", "bce"])
+def test_modules(kind):
+    x, labels = torch.randn(6, 9).requires_grad_(), torch.randint(9, (6,))
+    module, inputs = {
+        "attention": (Attention(), [torch.randn(2, 5, 32).requires_grad_()]),
+        "processed": (Processed(), [torch.randn(2, 3, 5, 8).requires_grad_()]),
+        "inherited": (Inherited(torch.rand(9), reduction="sum"), [x, labels]),
+        "ce": (nn.CrossEntropyLoss(torch.rand(9), ignore_index=2, label_smoothing=0.1), [x, labels]),
+        "bce": (nn.BCEWithLogitsLoss(torch.rand(9), pos_weight=torch.rand(9)), [x, torch.rand(6, 9)]),
+    }[kind]
+    twin = copy.deepcopy(module)
+    assert len(swap(twin, strict=True).replaced) == 1
+    assert len(ours(twin, *inputs)[1]) == 1
+    module_judged(module, twin, inputs)
+
+
+def test_losses_that_we_lack_are_pytorchs():
+    ce, bce, x = nn.CrossEntropyLoss(reduction="none"), nn.BCEWithLogitsLoss(), torch.randn(4, 6)
+    ce.reduction = "mean"  # read at the call, as PyTorch does
+    expected = ce(x, x.softmax(1).double()), bce(x, x.double())
+    swap(ce), swap(bce)
+    results = ours(ce, x, x.softmax(1).double()), ours(bce, x, x.double())
+    assert all(names == [] and torch.equal(loss, e) for (loss, names), e in zip(results, expected, strict=True))
+
+
+def test_hooks_run_once():
+    model, (x, target, padding), calls = Model(), batch(), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    model(x, target, padding)
+    expected = calls.copy()
+    calls.clear()
+    swap(model)
+    model(x, target, padding)
+    assert calls == expected
+
+
+def test_compile():
+    torch._dynamo.reset()
+    model, (x, target, _), graphs = Model().eval(), batch(), Graphs()
+    expected = model(x, target)
+    swap(model)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    torch.testing.assert_close(compiled(x, target), expected)
+    more = batch(9)[:2]
+    torch.testing.assert_close(compiled(*more), model(*more))
+    assert graphs.count == 1 and {"attention_fwd", "cross_entropy_fwd"} <= graphs.names
+    grads = [torch.autograd.grad(m(x, target), list(model.parameters())) for m in (compiled, model)]
+    torch.testing.assert_close(*grads)
+    unswap(model)  # a compiled model notices
+    graphs.names.clear()
+    torch.testing.assert_close(compiled(x, target), expected)
+    assert not graphs.names
+
+
+def test_export():
+    model, (x, target, _) = Model().eval(), batch()
+    swap(model)
+    lengths = {1: torch.export.Dim("length", max=64)}
+    with torch.no_grad():
+        program = torch.export.export(model, (x, target), dynamic_shapes=(lengths, lengths))
+        names = [node.target._opname for node in program.graph.nodes if getattr(node.target, "namespace", "") == "minkernels"]
+        assert names == ["attention_fwd"] * 3 + ["cross_entropy_fwd"]
+        more = batch(9)[:2]
+        torch.testing.assert_close(program.module()(*more), model(*more))
+
+
+def test_nothing_happens_on_import():
+    assert minkernels.swap is swap  # the function, and not the package of that name
+    code = "import sys, torch, minkernels; print(*sorted(m for m in sys.modules if m.startswith('minkernels.swap')))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["minkernels.swap", "minkernels.swap.api", "minkernels.swap.changes"]

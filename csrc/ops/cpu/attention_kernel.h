@@ -77,6 +77,12 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
   for (int64_t i = rows; i < round_up(rows, multiple); i++) __builtin_memset(to + i * to_row, 0, to_row * sizeof *to);
 }
 
+// Whether rows of n elements lie in memory as packing would lay them out, but for zeros up to a register.
+template <class T>
+INLINE bool lie_packed(const View& x, int64_t n) {
+  return same<T, word_t<T>> && x.d == 1 && x.row == n;
+}
+
 // Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
 template <class T>
 static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first, int64_t n, int64_t d, word_t<T>* panels, word_t<T>* rows,
@@ -224,23 +230,28 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   using A = acc_t<T>;
   constexpr int PACK = operand<T>::pack, L = vector<A>::lanes;
   const Sequence& s = block.s;
-  int64_t rows = block.rows, padded = round_up(rows, ROWS);
-  pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
+  int64_t rows = block.rows;
   A scale = A(a.scale * LOG2E);
-  if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
-    for (int64_t i = 0; i < padded * z.dw; i++) f.q[i] = negate(f.q[i]);
-    scale = -scale;
-  } else if (scale == 0) {  // and 0 * -inf is NaN
-    __builtin_memset(f.q, 0, padded * z.dw * sizeof(W));
-    scale = 1;
+  const W* q = f.q;
+  if (lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
+    q = (const W*)row_of<T>(a.q, s.b, block.h, s.q0 + block.row0);
+  } else {
+    pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, 1);
+    if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
+      for (int64_t i = 0; i < rows * z.dw; i++) f.q[i] = negate(f.q[i]);
+      scale = -scale;
+    } else if (scale == 0) {  // and 0 * -inf is NaN
+      __builtin_memset(f.q, 0, rows * z.dw * sizeof(W));
+      scale = 1;
+    }
   }
   bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
   A before = scale, after = curved ? A(1) : scale;
   int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES];
   int64_t begin = s.N, end = 0;
-  for (int64_t r = 0; r < QUERIES; r++) {
-    f.m[r] = f.top[r] = -__builtin_inf(), store(f.l + r * L, vec<A>{});
-    if (r >= rows) continue;
+  for (int64_t r = 0; r < rows; r += L) store(f.m + r, splat(A(-__builtin_inf()))), store(f.top + r, splat(A(-__builtin_inf())));
+  for (int64_t r = 0; r < rows; r++) {
+    store(f.l + r * L, vec<A>{});
     int64_t i = block.query(r);
     from[r] = int32_t(first_key(a, s, i)), to[r] = int32_t(last_key(a, s, i));
     if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
@@ -258,9 +269,9 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
     int64_t keys = min(end - j0, KEYS), n = round_up(keys, L * PACK);
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
     if (a.stream)
-      stream_scores<T>(a, s, block.kv_head, j0, keys, f.q, z.dw, rows, f.s);
+      stream_scores<T>(a, s, block.kv_head, j0, keys, q, z.dw, rows, f.s);
     else
-      exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
+      exact_product(rows, keys, z.dw, q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
     for (int64_t r = 0; r < rows; r++) {
       lo[r] = int32_t(max(0, min(from[r] - j0, n))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
       if (curved || a.mask.data) score_row(a, s, block.head(r), block.query(r), j0, n, keys, before, f.s + r * KEYS);

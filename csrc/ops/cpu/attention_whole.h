@@ -33,11 +33,15 @@ static void whole_forward_task(const Attention& a, int64_t task, char* scratch) 
     const Sequence& s = a.sequences[i / a.Hkv];
     int64_t kv_head = i % a.Hkv, n = seen_before(s, s.N);
     pack_keys<T>(a.k, s, kv_head, 0, n, a.D, w.kt, nullptr, 0, w.natural);
-    pack_keys<T>(a.v, s, kv_head, 0, n, a.Dv, nullptr, w.vn, z.dvp, w.natural);
+    const word_t<T>* vn = w.vn;
+    if (lie_packed<T>(a.v, z.dvp) && a.Dv == z.dvp && !s.keys)
+      vn = (const word_t<T>*)row_of<T>(a.v, s.b, kv_head, s.k0);
+    else
+      pack_keys<T>(a.v, s, kv_head, 0, n, a.Dv, nullptr, w.vn, z.dvp, w.natural);
     for (int64_t h = kv_head * group; h < (a.fold ? kv_head * group + 1 : (kv_head + 1) * group); h++)
       for (int64_t row = 0; row < s.M; row += QUERIES) {
         const Block block(a, s, h, row / QUERIES);
-        forward_block<T>(a, z, w, block, 0, w.kt, w.vn);
+        forward_block<T>(a, z, w, block, 0, w.kt, vn);
         write_rows(a, z, block, w);
         if (a.fold) break;
       }
@@ -63,57 +67,61 @@ struct Whole {
   int64_t dp, dvp;
   char* end;
   Whole(const Attention& a, char* scratch) : dp(round_up(a.D, vector<A>::lanes)), dvp(round_up(a.Dv, vector<A>::lanes)) {
-    constexpr int64_t rows = KEYS + ROWS;
     Pieces p{scratch};
-    k = p.take<A>(rows * dp), v = p.take<A>(rows * dvp), kt = p.take<A>(rows * dp), vt = p.take<A>(rows * dvp);
-    dk = p.take<A>(rows * dp), dv = p.take<A>(rows * dvp);
-    q = p.take<A>(rows * dp), dout = p.take<A>(rows * dvp), dq = p.take<A>(rows * dp);
-    s = p.take<A>(WHOLE_SCORES + COLS<A>), ds = p.take<A>(WHOLE_SCORES + COLS<A>), o = p.take<A>(dvp);
+    k = p.take<A>(KEYS * dp), v = p.take<A>(KEYS * dvp), kt = p.take<A>(KEYS * dp), vt = p.take<A>(KEYS * dvp);
+    dk = p.take<A>(KEYS * dp), dv = p.take<A>(KEYS * dvp);
+    q = p.take<A>(BWD_QUERIES * dp), dout = p.take<A>(BWD_QUERIES * dvp), dq = p.take<A>(BWD_QUERIES * dp);
+    s = p.take<A>(WHOLE_SCORES), ds = p.take<A>(WHOLE_SCORES), o = p.take<A>(dvp);
     end = p.next;
   }
 };
 
-// Rows of n elements, in registers filled up with zeros; from(i) tells where row i lies.
-template <class T, class A, class F>
-INLINE void whole_rows(A* to, int64_t width, F from, int64_t stride, int64_t n, int64_t rows) {
-  for (int64_t i = 0; i < rows; i++) {
-    widen_row(to + i * width, from(i), stride, n);
-    for (int64_t d = n; d < width; d++) to[i * width + d] = 0;
-  }
+template <class T, class A>
+INLINE void whole_copy(const T* from, int64_t stride, int64_t d, int64_t width, A* to) {
+  widen_row(to, from, stride, d);
+  for (int64_t j = d; j < width; j++) to[j] = 0;
+}
+
+// Rows of d elements from the one at position first on, in registers filled up with zeros: where they lie, or copied to `to`.
+template <class T, class A>
+INLINE const A* whole_rows(const View& x, const Sequence& s, int64_t h, int64_t first, int64_t rows, int64_t d, int64_t width, A* to) {
+  const T* from = row_of<T>(x, s.b, h, first);
+  if (same<T, A> && x.d == 1 && x.row == d && d == width) return (const A*)from;
+  for (int64_t i = 0; i < rows; i++) whole_copy<T>(from + i * x.row, x.d, d, width, to + i * width);
+  return to;
 }
 
 template <bool edge, class A>
-static void whole_gradients(A* s, A* ds, int64_t ld, int64_t rows, int64_t n, A scale, const Row<A>* row) {
+static void whole_gradients(A* s, A* ds, int64_t rows, int64_t n, A scale, const Row<A>* row) {
   constexpr int L = vector<A>::lanes;
   for (int64_t r = 0; r < rows; r++)
     for (int64_t j = 0; j < n; j += L) {
-      vec<A> x = load(s + r * ld + j), y = load(ds + r * ld + j);
+      vec<A> x = load(s + r * n + j), y = load(ds + r * n + j);
       gradients<edge>(x, y, splat(scale), row[r], j);
-      store(s + r * ld + j, x), store(ds + r * ld + j, y);
+      store(s + r * n + j, x), store(ds + r * n + j, y);
     }
 }
 
-// What the queries first to first + rows - 1 of a head add to dk and dv, and their dq.
+// What the queries first to first + rows - 1 of a head add to dk and dv, and their dq. k: natural rows.
 template <class T, class A>
-static void whole_queries(const Attention& a, const Whole<A>& w, const Sequence& s, int64_t h, int64_t first, int64_t rows,
-                          int64_t all_keys, int64_t panel) {
+static void whole_queries(const Attention& a, const Whole<A>& w, const Sequence& s, int64_t h, int64_t first, int64_t rows, const A* k,
+                          int64_t panel) {
   constexpr int L = vector<A>::lanes;
-  int64_t begin = first_key(a, s, first) / COLS<A> * COLS<A>, end = last_key(a, s, first + rows - 1), keys = end - begin;
+  int64_t begin = first_key(a, s, first) / COLS<A> * COLS<A>, keys = last_key(a, s, first + rows - 1) - begin, q0 = s.q0 + first;
   if (keys <= 0) {
-    for (int64_t i = first; i < first + rows; i++) zero_row(row_of<T>(a.dq, s.b, h, s.q0 + i), a.dq.d, a.D);
+    for (int64_t i = q0; i < q0 + rows; i++) zero_row(row_of<T>(a.dq, s.b, h, i), a.dq.d, a.D);
     return;
   }
-  // dk and dv are computed in tiles of rows: what those get that are no keys is nothing, or counts for nothing
-  int64_t n = round_up(end < all_keys ? round_up(keys, ROWS) : keys, L), ld = n, at = (s.b * a.H + h) * a.M + s.q0 + first;
-  whole_rows<T>(w.q, w.dp, [&](int64_t i) { return row_of<T>(a.q, s.b, h, s.q0 + first + i); }, a.q.d, a.D, rows);
-  whole_rows<T>(w.dout, w.dvp, [&](int64_t i) { return row_of<T>(a.dout, s.b, h, s.q0 + first + i); }, a.dout.d, a.Dv, rows);
+  const A* q = whole_rows<T>(a.q, s, h, q0, rows, a.D, w.dp, w.q);
+  const A* dout = whole_rows<T>(a.dout, s, h, q0, rows, a.Dv, w.dvp, w.dout);
+  int64_t n = round_up(keys, L), at = (s.b * a.H + h) * a.M + q0;
   Row<A> row[BWD_QUERIES];
   bool edge = false;
   for (int64_t r = 0; r < rows; r++) {
     double lse = ((lse_t<T>*)a.lse)[at + r] * LOG2E;
-    whole_rows<T>(w.o, w.dvp, [&](int64_t) { return row_of<T>(a.o, s.b, h, s.q0 + first + r); }, a.o.d, a.Dv, 1);
+    const A* o = whole_rows<T>(a.o, s, h, q0 + r, 1, a.Dv, w.dvp, w.o);
     vec<A> delta = {};
-    for (int64_t d = 0; d < w.dvp; d += L) delta += load(w.o + d) * load(w.dout + r * w.dvp + d);
+    for (int64_t d = 0; d < w.dvp; d += L) delta += load(o + d) * load(dout + r * w.dvp + d);
     if (lse == -__builtin_inf())  // it sees no key
       row[r] = {A(-lse), 0, 0, 0, 0};
     else
@@ -121,22 +129,22 @@ static void whole_queries(const Attention& a, const Whole<A>& w, const Sequence&
                 first_key(a, s, first + r) - begin, last_key(a, s, first + r) - begin};
     edge |= row[r].lo > 0 || row[r].hi < n;
   }
-  exact_product(rows, keys, a.D, w.q, w.dp, w.kt + begin * w.dp, panel, COLS<A> * w.dp, w.s, ld);
-  exact_product(rows, keys, a.Dv, w.dout, w.dvp, w.vt + begin * w.dvp, panel, COLS<A> * w.dvp, w.ds, ld);
+  exact_product(rows, keys, a.D, q, w.dp, w.kt + begin * w.dp, panel, COLS<A> * w.dp, w.s, n);
+  exact_product(rows, keys, a.Dv, dout, w.dvp, w.vt + begin * w.dvp, panel, COLS<A> * w.dvp, w.ds, n);
   if (a.softcap > 0 || a.bias.data || a.mask.data || a.dropout_p > 0)
     for (int64_t r = 0; r < rows; r++) {
       A dbias_sum;
-      general_gradients<A>(a, s, h, first + r, begin, keys, n, row[r], w.s + r * ld, w.ds + r * ld, dbias_sum);
+      general_gradients<A>(a, s, h, first + r, begin, keys, n, row[r], w.s + r * n, w.ds + r * n, dbias_sum);
       if (a.dbias.data && !a.dbias.d) *row_of<A>(a.dbias, s.b, h, first + r) += dbias_sum;
     }
   else if (edge)
-    whole_gradients<true>(w.s, w.ds, ld, rows, n, A(a.scale * LOG2E), row);
+    whole_gradients<true>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
   else
-    whole_gradients<false>(w.s, w.ds, ld, rows, n, A(a.scale * LOG2E), row);
-  product<Start::add, true>(keys, a.Dv, rows, w.s, ld, w.dout, w.dvp, COLS<A>, w.dv + begin * w.dvp, w.dvp);
-  product<Start::add, true>(keys, a.D, rows, w.ds, ld, w.q, w.dp, COLS<A>, w.dk + begin * w.dp, w.dp);
-  product<Start::zero>(rows, a.D, keys, w.ds, ld, w.k + begin * w.dp, w.dp, COLS<A>, w.dq, w.dp);
-  for (int64_t r = 0; r < rows; r++) narrow_row(row_of<T>(a.dq, s.b, h, s.q0 + first + r), a.dq.d, w.dq + r * w.dp, a.D, A(a.scale));
+    whole_gradients<false>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
+  product<Start::add, true>(keys, a.Dv, rows, w.s, n, dout, w.dvp, COLS<A>, w.dv + begin * w.dvp, w.dvp);
+  product<Start::add, true>(keys, a.D, rows, w.ds, n, q, w.dp, COLS<A>, w.dk + begin * w.dp, w.dp);
+  product<Start::zero>(rows, a.D, keys, w.ds, n, k + begin * w.dp, w.dp, COLS<A>, w.dq, w.dp);
+  for (int64_t r = 0; r < rows; r++) narrow_row(row_of<T>(a.dq, s.b, h, q0 + r), a.dq.d, w.dq + r * w.dp, a.D, A(a.scale));
 }
 
 template <class T>
@@ -154,17 +162,22 @@ static void whole_backward_task(const Attention& a, int64_t task, char* scratch)
   for (int64_t i = task * a.whole; i < min((task + 1) * a.whole, a.count * a.Hkv); i++) {
     const Sequence& s = a.sequences[i / a.Hkv];
     int64_t kv_head = i % a.Hkv, n = seen_before(s, s.N), wide = round_up(n, L), panel = min(wide, PANEL);
-    const auto pack = [&](const View& x, int64_t d, int64_t width, A* rows, A* panels, A* sums) {
-      whole_rows<T>(rows, width, [&](int64_t j) { return row_of<T>(x, s.b, kv_head, s.k0 + position(s, j)); }, x.d, d, n);
-      __builtin_memset(rows + n * width, 0, (wide - n) * width * sizeof(A));
+    const auto pack = [&](const View& x, int64_t d, int64_t width, A* copy, A* panels, A* sums) {
+      const A* rows = copy;
+      if (!s.keys && n == wide)
+        rows = whole_rows<T>(x, s, kv_head, s.k0, n, d, width, copy);
+      else
+        for (int64_t j = 0; j < n; j++) whole_copy<T>(row_of<T>(x, s.b, kv_head, s.k0 + position(s, j)), x.d, d, width, copy + j * width);
+      if (n < wide) __builtin_memset(copy + n * width, 0, (wide - n) * width * sizeof(A));
       for (int64_t j = 0; j < n; j += PANEL) transpose(rows + j * width, width, min(wide - j, PANEL), width, panels + j * width, panel);
       __builtin_memset(sums, 0, n * width * sizeof(A));
+      return rows;
     };
-    pack(a.k, a.D, w.dp, w.k, w.kt, w.dk);
+    const A* k = pack(a.k, a.D, w.dp, w.k, w.kt, w.dk);
     pack(a.v, a.Dv, w.dvp, w.v, w.vt, w.dv);
-    int64_t queries = min(BWD_QUERIES, WHOLE_SCORES / max(wide, 1) / ROWS * ROWS);
+    int64_t queries = min(BWD_QUERIES, WHOLE_SCORES / max(wide, 1));
     for (int64_t h = kv_head * group; h < (kv_head + 1) * group; h++)
-      for (int64_t first = 0; first < s.M; first += queries) whole_queries<T>(a, w, s, h, first, min(s.M - first, queries), n, panel);
+      for (int64_t first = 0; first < s.M; first += queries) whole_queries<T>(a, w, s, h, first, min(s.M - first, queries), k, panel);
     const auto give = [&](const View& x, int64_t d, const A* sums, int64_t width, A factor) {
       for (int64_t j = 0; j < s.rows; j++)
         if (j < s.N && seen_before(s, j + 1) > seen_before(s, j))

@@ -69,14 +69,18 @@ static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t 
     }
 }
 
-// One column of tiles, V registers wide. Every row of c up to a multiple of ROWS is computed (a has them), but for a single row.
+// One column of tiles, V registers wide.
 template <int V, Start start, bool transposed, class W, class A>
 static void tiles(int64_t rows, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row,
                   const A* factor) {
-  if (rows == 1) return tile<1, V, start, transposed>(a, a_row, b, b_step, steps, c, c_row, factor);
-  for (int64_t r = 0; r < rows; r += ROWS)
-    tile<ROWS, V, start, transposed>(a + r * (transposed ? 1 : a_row), a_row, b, b_step, steps, c + r * c_row, c_row,
-                                     factor ? factor + r : factor);
+  const auto run = [&](auto* tile, int n) {
+    tile(a, a_row, b, b_step, steps, c, c_row, factor);
+    a += n * (transposed ? 1 : a_row), c += n * c_row, factor += factor ? n : 0, rows -= n;
+  };
+  while (rows >= ROWS) run(tile<ROWS, V, start, transposed, W, A>, ROWS);
+  if (rows >= 4) run(tile<4, V, start, transposed, W, A>, 4);
+  if (rows >= 2) run(tile<2, V, start, transposed, W, A>, 2);
+  if (rows >= 1) run(tile<1, V, start, transposed, W, A>, 1);
 }
 
 // b_panel: the distance from one COLS wide panel of b to the next; cols is rounded up to whole registers, in b and in c.

@@ -46,7 +46,7 @@ struct Attention {
   const Item *chunks, *blocks, *q_blocks;         // what to pack, what to run; backward: the queries to pack
   int64_t chunk_count = 0, block_count = 0, q_block_count = 0;
 
-  int64_t whole = 0;                      // key heads of a task, where it takes whole ones
+  int64_t whole = 0;                      // heads of a task, where it takes whole ones
   bool fold = false;                      // forward: the heads that share keys are rows of one task, query after query
   bool stream = false;                    // forward: keys and values are read where they lie
   int64_t splits = 1;                     // forward: tasks that a block is split over, by keys

@@ -233,15 +233,15 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   int64_t rows = block.rows;
   A scale = A(a.scale * LOG2E);
   const W* q = f.q;
-  if (lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
+  if (a.whole && rows % ROWS == 0 && lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
     q = (const W*)row_of<T>(a.q, s.b, block.h, s.q0 + block.row0);
   } else {
-    pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, 1);
+    pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
     if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
-      for (int64_t i = 0; i < rows * z.dw; i++) f.q[i] = negate(f.q[i]);
+      for (int64_t i = 0; i < round_up(rows, ROWS) * z.dw; i++) f.q[i] = negate(f.q[i]);
       scale = -scale;
     } else if (scale == 0) {  // and 0 * -inf is NaN
-      __builtin_memset(f.q, 0, rows * z.dw * sizeof(W));
+      __builtin_memset(f.q, 0, round_up(rows, ROWS) * z.dw * sizeof(W));
       scale = 1;
     }
   }

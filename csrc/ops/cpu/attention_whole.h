@@ -18,9 +18,12 @@ struct WholeForward : Forward<T> {  // and the operands of a key head
   }
 };
 
+// Forward, query heads that share keys are tasks of their own, unless they are folded.
+INLINE int64_t whole_heads(const Attention& a) { return a.fold ? a.Hkv : a.H; }
+
 template <class T>
 static void whole_forward_plan(Attention& a) {
-  a.tasks = (a.count * a.Hkv + a.whole - 1) / a.whole;
+  a.tasks = (a.count * whole_heads(a) + a.whole - 1) / a.whole;
   a.scratch_bytes = WholeForward<T>(Sizes<T>(a), nullptr).end - (char*)nullptr;
 }
 
@@ -28,23 +31,22 @@ template <class T>
 static void whole_forward_task(const Attention& a, int64_t task, char* scratch) {
   Sizes<T> z(a);
   WholeForward<T> w(z, scratch);
-  int64_t group = a.H / a.Hkv;
-  for (int64_t i = task * a.whole; i < min((task + 1) * a.whole, a.count * a.Hkv); i++) {
-    const Sequence& s = a.sequences[i / a.Hkv];
-    int64_t kv_head = i % a.Hkv, n = seen_before(s, s.N);
+  int64_t heads = whole_heads(a);
+  for (int64_t i = task * a.whole; i < min((task + 1) * a.whole, a.count * heads); i++) {
+    const Sequence& s = a.sequences[i / heads];
+    int64_t h = i % heads * (a.H / heads), kv_head = h / (a.H / a.Hkv), n = seen_before(s, s.N);
+    if (!s.M) continue;
     pack_keys<T>(a.k, s, kv_head, 0, n, a.D, w.kt, nullptr, 0, w.natural);
     const word_t<T>* vn = w.vn;
     if (lie_packed<T>(a.v, z.dvp) && a.Dv == z.dvp && !s.keys)
       vn = (const word_t<T>*)row_of<T>(a.v, s.b, kv_head, s.k0);
     else
       pack_keys<T>(a.v, s, kv_head, 0, n, a.Dv, nullptr, w.vn, z.dvp, w.natural);
-    for (int64_t h = kv_head * group; h < (a.fold ? kv_head * group + 1 : (kv_head + 1) * group); h++)
-      for (int64_t row = 0; row < s.M; row += QUERIES) {
-        const Block block(a, s, h, row / QUERIES);
-        forward_block<T>(a, z, w, block, 0, w.kt, vn);
-        write_rows(a, z, block, w);
-        if (a.fold) break;
-      }
+    for (int64_t block = 0; block * QUERIES < (a.fold ? 1 : s.M); block++) {
+      const Block rows(a, s, h, block);
+      forward_block<T>(a, z, w, rows, 0, w.kt, vn);
+      write_rows(a, z, rows, w);
+    }
   }
 }
 
@@ -129,8 +131,8 @@ static void whole_queries(const Attention& a, const Whole<A>& w, const Sequence&
                 first_key(a, s, first + r) - begin, last_key(a, s, first + r) - begin};
     edge |= row[r].lo > 0 || row[r].hi < n;
   }
-  exact_product(rows, keys, a.D, q, w.dp, w.kt + begin * w.dp, panel, COLS<A> * w.dp, w.s, n);
-  exact_product(rows, keys, a.Dv, dout, w.dvp, w.vt + begin * w.dvp, panel, COLS<A> * w.dvp, w.ds, n);
+  exact_product<Rows::exact>(rows, keys, a.D, q, w.dp, w.kt + begin * w.dp, panel, COLS<A> * w.dp, w.s, n);
+  exact_product<Rows::exact>(rows, keys, a.Dv, dout, w.dvp, w.vt + begin * w.dvp, panel, COLS<A> * w.dvp, w.ds, n);
   if (a.softcap > 0 || a.bias.data || a.mask.data || a.dropout_p > 0)
     for (int64_t r = 0; r < rows; r++) {
       A dbias_sum;
@@ -141,9 +143,9 @@ static void whole_queries(const Attention& a, const Whole<A>& w, const Sequence&
     whole_gradients<true>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
   else
     whole_gradients<false>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
-  product<Start::add, true>(keys, a.Dv, rows, w.s, n, dout, w.dvp, COLS<A>, w.dv + begin * w.dvp, w.dvp);
-  product<Start::add, true>(keys, a.D, rows, w.ds, n, q, w.dp, COLS<A>, w.dk + begin * w.dp, w.dp);
-  product<Start::zero>(rows, a.D, keys, w.ds, n, k + begin * w.dp, w.dp, COLS<A>, w.dq, w.dp);
+  product<Start::add, Rows::transposed>(keys, a.Dv, rows, w.s, n, dout, w.dvp, COLS<A>, w.dv + begin * w.dvp, w.dvp);
+  product<Start::add, Rows::transposed>(keys, a.D, rows, w.ds, n, q, w.dp, COLS<A>, w.dk + begin * w.dp, w.dp);
+  product<Start::zero, Rows::exact>(rows, a.D, keys, w.ds, n, k + begin * w.dp, w.dp, COLS<A>, w.dq, w.dp);
   for (int64_t r = 0; r < rows; r++) narrow_row(row_of<T>(a.dq, s.b, h, q0 + r), a.dq.d, w.dq + r * w.dp, a.D, A(a.scale));
 }
 

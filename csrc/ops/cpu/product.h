@@ -69,49 +69,58 @@ static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t 
     }
 }
 
+// Which rows of c are computed: all up to a multiple of ROWS, which a has, but for a single row; or none but those, and a transposed.
+enum class Rows { padded, exact, transposed };
+
 // One column of tiles, V registers wide.
-template <int V, Start start, bool transposed, class W, class A>
+template <int V, Start start, Rows kind, class W, class A>
 static void tiles(int64_t rows, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row,
                   const A* factor) {
-  const auto run = [&](auto* tile, int n) {
-    tile(a, a_row, b, b_step, steps, c, c_row, factor);
-    a += n * (transposed ? 1 : a_row), c += n * c_row, factor += factor ? n : 0, rows -= n;
-  };
-  while (rows >= ROWS) run(tile<ROWS, V, start, transposed, W, A>, ROWS);
-  if (rows >= 4) run(tile<4, V, start, transposed, W, A>, 4);
-  if (rows >= 2) run(tile<2, V, start, transposed, W, A>, 2);
-  if (rows >= 1) run(tile<1, V, start, transposed, W, A>, 1);
+  constexpr bool transposed = kind == Rows::transposed;
+  if constexpr (kind == Rows::padded) {
+    if (rows == 1) return tile<1, V, start, false>(a, a_row, b, b_step, steps, c, c_row, factor);
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile<ROWS, V, start, false>(a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row, factor ? factor + r : factor);
+  } else {
+    static_assert(start != Start::scale, "no factors for the last rows");
+    int64_t a_tile = transposed ? 1 : a_row, r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+      tile<ROWS, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor);
+    if (rows - r >= 4) tile<4, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor), r += 4;
+    if (rows - r >= 2) tile<2, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor), r += 2;
+    if (r < rows) tile<1, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor);
+  }
 }
 
 // b_panel: the distance from one COLS wide panel of b to the next; cols is rounded up to whole registers, in b and in c.
-template <Start start, bool transposed = false, class W, class A>
+template <Start start, Rows kind = Rows::padded, class W, class A>
 static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel, A* c,
                     int64_t c_row, const A* factor = nullptr) {
   constexpr int L = vector<A>::lanes;
   for (int64_t j = 0; j < cols; j += COLS<A>, b += b_panel, c += COLS<A>) {
     int64_t registers = (cols - j + L - 1) / L;
     if (registers >= LEVEL_VECS)
-      tiles<LEVEL_VECS, start, transposed>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<LEVEL_VECS, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
     else if (registers == 1)
-      tiles<1, start, transposed>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<1, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
 #if LEVEL_VECS == 4
     else if (registers == 2)
-      tiles<2, start, transposed>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<2, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
     else
-      tiles<3, start, transposed>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<3, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
 #endif
   }
 }
 
 // The same from zero, for a sum whose rounding error is magnified afterwards (scores, by exp): in full precision it is added up from
 // short parts, which halves the error for a few percent of the time.
-template <class W, class A>
+template <Rows kind = Rows::padded, class W, class A>
 static void exact_product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
                           A* c, int64_t c_row) {
   int64_t part = !same<W, A> ? steps : rows == 1 ? 16 : 32;
-  product<Start::zero>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
+  product<Start::zero, kind>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
   for (int64_t s = part; s < steps; s += part)
-    product<Start::add>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);
+    product<Start::add, kind>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);
 }
 
 // Packing. A natural row of n elements: words(n) of them, the last one padded with zero.

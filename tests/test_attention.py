@@ -33,6 +33,10 @@ SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles
     "few-queries": (1, 2, 2, 4, 515, 64, 64),
     "group-of-eight": (1, 8, 1, 1, 1100, 64, 64),  # eight heads in one task, whose keys are split in two
     "short-and-long": (1, 1, 1, 20, 1300, 16, 16),  # too many rows to stream; split
+    "tiny": (3, 4, 4, 6, 6, 16, 16),  # to 128 tokens: whole heads, here several a task
+    "short": (2, 6, 2, 15, 21, 40, 40),  # three heads are rows of one task; the last register of D is half full
+    "one-head": (2, 1, 1, 112, 96, 64, 32),  # rows lie one after the other, so they are read in place
+    "longest-whole": (1, 2, 1, 128, 128, 24, 64),
     "no-queries": (1, 1, 1, 0, 5, 8, 8),
     "no-keys": (1, 1, 1, 5, 0, 8, 8),
 }
@@ -61,7 +65,7 @@ def test_cpu(shape, name, dtype, levels):
     check_cpu(levels, q, k, v, options(name, q, k))
 
 
-@pytest.mark.parametrize("shape", ["ragged-tail", "few-queries", "grouped", "more-queries"])
+@pytest.mark.parametrize("shape", ["ragged-tail", "few-queries", "grouped", "more-queries", "one-head"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_options(shape, name, dtype, levels):
@@ -71,9 +75,10 @@ def test_cpu_options(shape, name, dtype, levels):
 
 @pytest.mark.parametrize("scale", [-0.4, 0.0, 5.0])  # a negative scale turns the maximum round; 5 makes one key take all
 @pytest.mark.parametrize("name", ["padded-causal", "combined"])
+@pytest.mark.parametrize("shape", ["ragged-tail", "more-queries", "one-head"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_scale(scale, name, dtype, levels):
-    q, k, v = make(*SHAPES["ragged-tail"], dtype)
+def test_cpu_scale(scale, name, shape, dtype, levels):
+    q, k, v = make(*SHAPES[shape], dtype)
     check_cpu(levels, q, k, v, options(name, q, k, scale))
 
 
@@ -128,7 +133,7 @@ def test_cpu_fuzz(library, batch, kv_heads, group, M, N, D, Dv, names, dtype, la
 
 @settings(max_examples=500, derandomize=True, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)), min_size=1, max_size=4), kv_heads=st.integers(1, 2),
+    lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 150)), min_size=1, max_size=4), kv_heads=st.integers(1, 2),
     group=st.integers(1, 2), D=st.integers(8, 40), left=st.none() | st.integers(0, 50), right=st.none() | st.integers(0, 50),
     dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**31),
 )  # fmt: skip
@@ -155,11 +160,15 @@ def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
     x, threads, results = options(name, q, k), torch.get_num_threads(), []
     do = torch.randn(q.shape).to(dtype)
     few = make(1, 2, 1, 2, 3000, 64, 64, dtype)  # split over its keys
+    short = make(40, 4, 2, 30, 30, 64, 64, dtype)  # whole heads
+    do_short, short_x = torch.randn(short[0].shape).to(dtype), options(name, *short[:2])
     try:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             o, lse = _cpu.fwd(q, k, v, *x)
             results.append((o, lse, *_cpu.bwd(do, None, q, k, v, o, lse, *x, x.bias is not None), *_cpu.fwd(*few, *Options())))
+            o, lse = _cpu.fwd(*short, *short_x)
+            results[-1] += o, lse, *_cpu.bwd(do_short, None, *short, o, lse, *short_x, x.bias is not None)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -223,9 +232,10 @@ def test_dropout_draws_from_torchs_generator(library):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("keys", [20, 70, 200])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hidden_keys_reach_nothing(bad, dtype, library):
-    (q, k, v), key_mask = make(2, 4, 2, 60, 70, 24, 24, dtype), holes(2, 70)
+def test_hidden_keys_reach_nothing(bad, keys, dtype, library):
+    (q, k, v), key_mask = make(2, 4, 2, keys - 10, keys, 24, 24, dtype), holes(2, keys)
     key_mask[0, :3] = False
     runs = []
     for planted in (0.0, bad):

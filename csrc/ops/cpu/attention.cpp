@@ -14,7 +14,7 @@
 
 namespace minkernels {
 
-static constexpr const AttentionKernels* (*kernels_at[])(Dtype) = LEVELS(attention_kernels);
+static constexpr const AttentionKernels (*(*kernels_at[])(Dtype))[2] = LEVELS(attention_kernels);
 
 using Maybe = std::optional<Tensor>;
 
@@ -76,7 +76,7 @@ static bool list_sequences(Attention& a, Lists& lists, const Options& x) {
     }
     s.off = x.top_left ? 0 : s.N - s.M;
     if (x.key_mask) hide_keys(s, *x.key_mask, lists.keys.data() + b * (2 * a.N + 1));
-    if (s.M > a.longest) a.longest = s.M;
+    a.longest = std::max(a.longest, s.M), a.most_keys = std::max(a.most_keys, s.N);
   }
   a.sequences = lists.sequences.data(), a.count = count;
   return !x.cu_seqlens_q || (q_end == a.M && k_end == a.N && (count > 0 || (at(x.cu_seqlens_q, 0) == 0 && at(x.cu_seqlens_k, 0) == 0)));
@@ -101,10 +101,11 @@ static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, co
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
+constexpr double worth_a_task = 1e5;  // operations
+
 // Forward: blocks of queries, those that see the most keys first. Backward: blocks of keys, in ascending order, as their turns need.
 static void list_work(Attention& a, Lists& lists, const AttentionKernels& kernels, bool backward) {
-  int64_t heads = a.H / a.Hkv, most_blocks = 0, scores = 0;
-  a.fold = !backward && heads > 1 && a.longest * heads <= kernels.queries;
+  int64_t heads = a.H / a.Hkv, most_blocks = 0;
   for (int64_t i = 0; i < a.count; i++) {
     Sequence& s = lists.sequences[i];
     s.slots = a.slots, s.q_slots = a.q_slots, s.turns = a.all_turns;
@@ -118,7 +119,6 @@ static void list_work(Attention& a, Lists& lists, const AttentionKernels& kernel
     }
     int64_t n = backward ? blocks_of(s.N, kernels.keys) : blocks_of(s.M * (a.fold ? heads : 1), kernels.queries);
     most_blocks = std::max(most_blocks, n);
-    scores += s.M * s.N;
   }
   for (int64_t n = 0; n < most_blocks; n++)
     for (int64_t i = 0; i < a.count; i++) {
@@ -139,14 +139,22 @@ static void list_work(Attention& a, Lists& lists, const AttentionKernels& kernel
   a.chunks = lists.chunks.data(), a.chunk_count = lists.chunks.size();
   a.blocks = lists.blocks.data(), a.block_count = lists.blocks.size();
   a.q_blocks = lists.q_blocks.data(), a.q_block_count = lists.q_blocks.size();
-  a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
 }
 
 static bool run(Attention& a, const Options& x, bool backward) {
   Lists lists;
   if (!list_sequences(a, lists, x)) return false;
-  const AttentionKernels& kernels = kernels_at[level()](a.dtype)[backward];
-  list_work(a, lists, kernels, backward);
+  int64_t heads = a.H / a.Hkv, scores = 0;
+  for (const Sequence& s : lists.sequences) scores += s.M * s.N;
+  a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
+  const AttentionKernels* roads = kernels_at[level()](a.dtype)[backward];
+  a.fold = !backward && heads > 1 && a.longest * heads <= roads[0].queries;
+  bool whole = roads[1].takes(a);
+  const AttentionKernels& kernels = roads[whole];
+  if (whole)
+    a.whole = 1 + int64_t(worth_a_task * a.count * a.Hkv / (a.flops + 1));
+  else
+    list_work(a, lists, kernels, backward);
   kernels.plan(a);
   Workspace work(a.work_bytes);
   a.work = work.get();

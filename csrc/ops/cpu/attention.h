@@ -41,11 +41,12 @@ struct Attention {
   Dtype dtype, bias_dtype;
 
   const Sequence* sequences = nullptr;
-  int64_t count = 0, longest = 0;                 // sequences, and the most queries of one
+  int64_t count = 0, longest = 0, most_keys = 0;  // sequences; the most queries, and keys, of one
   int64_t slots = 0, q_slots = 0, all_turns = 0;  // of all of them
   const Item *chunks, *blocks, *q_blocks;         // what to pack, what to run; backward: the queries to pack
   int64_t chunk_count = 0, block_count = 0, q_block_count = 0;
 
+  int64_t whole = 0;                      // heads of a task, where it takes whole ones
   bool fold = false;                      // forward: the heads that share keys are rows of one task, query after query
   bool stream = false;                    // forward: keys and values are read where they lie
   int64_t splits = 1;                     // forward: tasks that a block is split over, by keys
@@ -62,7 +63,8 @@ struct Attention {
 
 // One direction, at one level, for one dtype. First every pack task, then every other, then every merge task.
 struct AttentionKernels {
-  int64_t queries, keys;  // of a block: of queries forward, of keys backward; backward, queries is of those to pack
+  int64_t queries, keys;            // of a block: of queries forward, of keys backward; backward, queries is of those to pack
+  bool (*takes)(const Attention&);  // of a kernel for whole key heads
   void (*plan)(Attention&);
   void (*pack)(const Attention&, int64_t task, char* scratch);
   void (*run)(const Attention&, int64_t task, char* scratch);

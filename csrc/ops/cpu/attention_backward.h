@@ -157,8 +157,8 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
                               const Row<acc_t<T>>& row, acc_t<T>* x, acc_t<T>* y, acc_t<T>& dbias_sum) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
-  A bias[BWD_KEYS] = {}, z[BWD_KEYS + 64], dbias[BWD_KEYS];
-  lane_t<A> shown[BWD_KEYS];
+  A bias[KEYS] = {}, z[KEYS + 64], dbias[KEYS];
+  lane_t<A> shown[KEYS];
   bool cap = a.softcap > 0, drop = a.dropout_p > 0;
   A in = A(cap ? a.scale / a.softcap : a.scale), out = A(cap ? a.softcap * LOG2E : LOG2E);
   if (a.bias.data) bias_row(a, s, h, i, j0, keys, bias);

@@ -77,6 +77,12 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
   for (int64_t i = rows; i < round_up(rows, multiple); i++) __builtin_memset(to + i * to_row, 0, to_row * sizeof *to);
 }
 
+// Whether rows of n elements lie in memory as packing would lay them out, but for zeros up to a register.
+template <class T>
+INLINE bool lie_packed(const View& x, int64_t n) {
+  return same<T, word_t<T>> && x.d == 1 && x.row == n;
+}
+
 // Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
 template <class T>
 static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first, int64_t n, int64_t d, word_t<T>* panels, word_t<T>* rows,
@@ -87,14 +93,14 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   const T* start = row_of<T>(x, s.b, h, s.k0 + position(s, first));
   constexpr int PACK = operand<T>::pack;
   bool as_words = same<T, W> || (PACK == 2 && d % 2 == 0 && x.row % 2 == 0 && uintptr_t(start) % sizeof(W) == 0);
-  if (as_words && x.d == 1 && !s.keys && n % (panels ? COLS<acc_t<T>> : PACK) == 0)
+  constexpr int64_t L = vector<acc_t<T>>::lanes, PANEL = COLS<acc_t<T>>;
+  if (as_words && x.d == 1 && !s.keys && n % (panels ? L : PACK) == 0)
     natural = (const W*)start, from_row = x.row / PACK;  // already what packing would make of it
   else
-    pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n,
-                 COLS<acc_t<T>>);
+    pack_rows<T>((W*)scratch, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, s.k0 + position(s, first + i)); }, x.d, d, n, L);
   if (panels)
-    for (int64_t j = 0; j < n; j += COLS<acc_t<T>>)
-      transpose(natural + j * from_row, from_row, COLS<acc_t<T>>, dw, panels + (first + j) * dw, COLS<acc_t<T>>);
+    for (int64_t j = 0; j < n; j += PANEL)
+      transpose(natural + j * from_row, from_row, min(round_up(n - j, L), PANEL), dw, panels + (first + j) * dw, PANEL);
   if (rows) {
     rows += first / operand<T>::pack * rows_width;
     for (int64_t i = 0; i < words<T>(n); i++, rows += rows_width) {
@@ -147,7 +153,8 @@ constexpr double lowest<double> = -__DBL_MAX__;
 // which those from lo[i] to hi[i] count in row i. f.factor tells by what each row's earlier sums shrink. Loops over all rows, one after
 // the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours. dropped(i, x): x, columns of row i.
 template <class T, bool DROP, class F>
-INLINE void softmax_rows(Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, const int32_t* lo, const int32_t* hi, F multipliers) {
+INLINE void softmax_rows(const Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
+                         F multipliers) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
   const A inf = __builtin_inf();
@@ -189,12 +196,14 @@ struct Block {
   const Sequence& s;
   int64_t h, kv_head, row0, rows;  // h: the head, or the first
   bool fold;
-  Block(const Attention& a, int64_t task) : s(a.sequences[a.blocks[task / (a.fold ? a.Hkv : a.H)].sequence]), fold(a.fold) {
+  Block(const Attention& a, const Sequence& s, int64_t head, int64_t block) : s(s), h(head), fold(a.fold) {
     int64_t group = a.H / a.Hkv;
-    if (fold)
-      kv_head = task % a.Hkv, h = kv_head * group, row0 = 0, rows = s.M * group;
-    else
-      h = task % a.H, kv_head = h / group, row0 = a.blocks[task / a.H].block * QUERIES, rows = min(s.M - row0, QUERIES);
+    kv_head = h / group, row0 = block * QUERIES, rows = fold ? s.M * group : min(s.M - row0, QUERIES);
+  }
+  static Block of_task(const Attention& a, int64_t task) {
+    int64_t heads = a.fold ? a.Hkv : a.H;
+    const Item& item = a.blocks[task / heads];
+    return Block(a, a.sequences[item.sequence], task % heads * (a.H / heads), item.block);
   }
   int64_t head(int64_t r) const { return fold ? h + r / s.M : h; }
   int64_t query(int64_t r) const { return fold ? r % s.M : row0 + r; }
@@ -213,36 +222,36 @@ static void write_rows(const Attention& a, const Sizes<T>& z, const Block& block
   }
 }
 
+// kt, vn: the operands of the head, unless they are streamed.
 template <class T>
-static void forward_task(const Attention& a, int64_t task, char* scratch) {
+static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T>& f, const Block& block, int64_t split,
+                          const word_t<T>* kt, const word_t<T>* vn) {
   using W = word_t<T>;
   using A = acc_t<T>;
   constexpr int PACK = operand<T>::pack, L = vector<A>::lanes;
-  Sizes<T> z(a);
-  Forward<T> f(z, scratch);
-  const Block block(a, task / a.splits);
   const Sequence& s = block.s;
-  int64_t split = task % a.splits, rows = block.rows, padded = round_up(rows, ROWS);
-  if (rows <= 0) return;
-  const W *kt = nullptr, *vn = nullptr;
-  if (!a.stream) kt = panels_of<T>(a, a.kt, s, block.kv_head, z.dw), vn = rows_of<T>(a, a.vn, s, block.kv_head, z.dvp);
-
-  pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
+  int64_t rows = block.rows;
   A scale = A(a.scale * LOG2E);
-  if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
-    for (int64_t i = 0; i < padded * z.dw; i++) f.q[i] = negate(f.q[i]);
-    scale = -scale;
-  } else if (scale == 0) {  // and 0 * -inf is NaN
-    __builtin_memset(f.q, 0, padded * z.dw * sizeof(W));
-    scale = 1;
+  const W* q = f.q;
+  if (a.whole && rows % ROWS == 0 && lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
+    q = (const W*)row_of<T>(a.q, s.b, block.h, s.q0 + block.row0);
+  } else {
+    pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
+    if (scale < 0) {  // the maximum of the scaled scores is the scaled maximum only for a positive scale
+      for (int64_t i = 0; i < round_up(rows, ROWS) * z.dw; i++) f.q[i] = negate(f.q[i]);
+      scale = -scale;
+    } else if (scale == 0) {  // and 0 * -inf is NaN
+      __builtin_memset(f.q, 0, round_up(rows, ROWS) * z.dw * sizeof(W));
+      scale = 1;
+    }
   }
   bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
   A before = scale, after = curved ? A(1) : scale;
   int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES];
   int64_t begin = s.N, end = 0;
-  for (int64_t r = 0; r < QUERIES; r++) {
-    f.m[r] = f.top[r] = -__builtin_inf(), store(f.l + r * L, vec<A>{});
-    if (r >= rows) continue;
+  for (int64_t r = 0; r < rows; r += L) store(f.m + r, splat(A(-__builtin_inf()))), store(f.top + r, splat(A(-__builtin_inf())));
+  for (int64_t r = 0; r < rows; r++) {
+    store(f.l + r * L, vec<A>{});
     int64_t i = block.query(r);
     from[r] = int32_t(first_key(a, s, i)), to[r] = int32_t(last_key(a, s, i));
     if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
@@ -260,9 +269,9 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
     int64_t keys = min(end - j0, KEYS), n = round_up(keys, L * PACK);
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
     if (a.stream)
-      stream_scores<T>(a, s, block.kv_head, j0, keys, f.q, z.dw, rows, f.s);
+      stream_scores<T>(a, s, block.kv_head, j0, keys, q, z.dw, rows, f.s);
     else
-      exact_product(rows, keys, z.dw, f.q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
+      exact_product(rows, keys, z.dw, q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
     for (int64_t r = 0; r < rows; r++) {
       lo[r] = int32_t(max(0, min(from[r] - j0, n))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
       if (curved || a.mask.data) score_row(a, s, block.head(r), block.query(r), j0, n, keys, before, f.s + r * KEYS);
@@ -284,10 +293,22 @@ static void forward_task(const Attention& a, int64_t task, char* scratch) {
     empty = false;
   }
   if (empty) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));
+}
+
+template <class T>
+static void forward_task(const Attention& a, int64_t task, char* scratch) {
+  Sizes<T> z(a);
+  Forward<T> f(z, scratch);
+  const Block block = Block::of_task(a, task / a.splits);
+  const Sequence& s = block.s;
+  if (block.rows <= 0) return;
+  const word_t<T>*kt = nullptr, *vn = nullptr;
+  if (!a.stream) kt = panels_of<T>(a, a.kt, s, block.kv_head, z.dw), vn = rows_of<T>(a, a.vn, s, block.kv_head, z.dvp);
+  forward_block<T>(a, z, f, block, task % a.splits, kt, vn);
   if (a.splits == 1) return write_rows(a, z, block, f);
   Partial<T> part(a, z, task);
-  __builtin_memcpy(part.o, f.o, rows * z.dvp * sizeof(A));
-  for (int64_t r = 0; r < rows; r++) part.m[r] = f.m[r], part.l[r] = lanes_sum(load(f.l + r * L));
+  __builtin_memcpy(part.o, f.o, block.rows * z.dvp * sizeof(acc_t<T>));
+  for (int64_t r = 0; r < block.rows; r++) part.m[r] = f.m[r], part.l[r] = lanes_sum(load(f.l + r * vector<acc_t<T>>::lanes));
 }
 
 // The splits of a block, in the order of their keys.
@@ -297,7 +318,7 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
   constexpr int L = vector<A>::lanes;
   Sizes<T> z(a);
   Forward<T> f(z, scratch);
-  const Block block(a, task);
+  const Block block = Block::of_task(a, task);
   for (int64_t r = 0; r < block.rows; r++) {
     A top = -__builtin_inf();
     for (int64_t split = 0; split < a.splits; split++) {
@@ -320,11 +341,15 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
 }
 
 #include "attention_backward.h"
+#include "attention_whole.h"
 
 template <class T>
-constexpr AttentionKernels both_ways[2] = {{QUERIES, 0, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
-                                           {BWD_QUERIES, BWD_KEYS, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr}};
-static const AttentionKernels* attention_kernels(Dtype dtype) {  // forward, backward
+constexpr AttentionKernels both_ways[2][2] = {
+    {{QUERIES, 0, nullptr, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
+     {0, 0, whole_forward, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
+    {{BWD_QUERIES, BWD_KEYS, nullptr, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr},
+     {0, 0, whole_backward<T>, whole_backward_plan<T>, nullptr, whole_backward_task<T>, nullptr}}};
+static const AttentionKernels (*attention_kernels(Dtype dtype))[2] {  // [forward, backward][packed, whole]
   switch (dtype) {
     case Dtype::f16: return both_ways<half>;
     case Dtype::bf16: return both_ways<bfloat16>;

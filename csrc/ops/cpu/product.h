@@ -2,7 +2,7 @@
 // instruction multiplies: one float, one double, or, where the level has a bfloat16 dot product, two bfloat16.
 //
 // product() computes c (rows x cols) = [c *] + a b for
-//   a: rows of words, the reduction along the row ("natural");
+//   a: rows of words, the reduction along the row ("natural"), or, transposed, one row per step of the reduction;
 //   b: one row of words per step of the reduction, the columns along the row.
 
 template <class T>
@@ -43,7 +43,7 @@ constexpr bool same<X, X> = true;
 
 enum class Start { zero, add, scale };  // c = a b, c += a b, c = factor[row] c + a b
 
-template <int R, int V, Start start, class W, class A>
+template <int R, int V, Start start, bool transposed, class W, class A>
 static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row, const A* factor) {
   constexpr int L = vector<A>::lanes;
   vec<A> acc[R][V] = {};
@@ -53,7 +53,7 @@ static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t 
     for (int v = 0; v < V; v++) column[v] = load(b + v * L);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-      vec<W> x = splat(a[r * a_row + s]);
+      vec<W> x = splat(transposed ? a[s * a_row + r] : a[r * a_row + s]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], x, column[v]);
     }
@@ -69,44 +69,58 @@ static void tile(const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t 
     }
 }
 
-// One column of tiles, V registers wide. Every row of c up to a multiple of ROWS is computed (a has them), but for a single row.
-template <int V, Start start, class W, class A>
+// Which rows of c are computed: all up to a multiple of ROWS, which a has, but for a single row; or none but those, and a transposed.
+enum class Rows { padded, exact, transposed };
+
+// One column of tiles, V registers wide.
+template <int V, Start start, Rows kind, class W, class A>
 static void tiles(int64_t rows, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t steps, A* c, int64_t c_row,
                   const A* factor) {
-  if (rows == 1) return tile<1, V, start>(a, a_row, b, b_step, steps, c, c_row, factor);
-  for (int64_t r = 0; r < rows; r += ROWS)
-    tile<ROWS, V, start>(a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row, factor ? factor + r : factor);
+  constexpr bool transposed = kind == Rows::transposed;
+  if constexpr (kind == Rows::padded) {
+    if (rows == 1) return tile<1, V, start, false>(a, a_row, b, b_step, steps, c, c_row, factor);
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile<ROWS, V, start, false>(a + r * a_row, a_row, b, b_step, steps, c + r * c_row, c_row, factor ? factor + r : factor);
+  } else {
+    static_assert(start != Start::scale, "no factors for the last rows");
+    int64_t a_tile = transposed ? 1 : a_row, r = 0;
+    for (; r + ROWS <= rows; r += ROWS)
+      tile<ROWS, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor);
+    if (rows - r >= 4) tile<4, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor), r += 4;
+    if (rows - r >= 2) tile<2, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor), r += 2;
+    if (r < rows) tile<1, V, start, transposed>(a + r * a_tile, a_row, b, b_step, steps, c + r * c_row, c_row, factor);
+  }
 }
 
 // b_panel: the distance from one COLS wide panel of b to the next; cols is rounded up to whole registers, in b and in c.
-template <Start start, class W, class A>
+template <Start start, Rows kind = Rows::padded, class W, class A>
 static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel, A* c,
                     int64_t c_row, const A* factor = nullptr) {
   constexpr int L = vector<A>::lanes;
   for (int64_t j = 0; j < cols; j += COLS<A>, b += b_panel, c += COLS<A>) {
     int64_t registers = (cols - j + L - 1) / L;
     if (registers >= LEVEL_VECS)
-      tiles<LEVEL_VECS, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<LEVEL_VECS, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
     else if (registers == 1)
-      tiles<1, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<1, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
 #if LEVEL_VECS == 4
     else if (registers == 2)
-      tiles<2, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<2, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
     else
-      tiles<3, start>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
+      tiles<3, start, kind>(rows, a, a_row, b, b_step, steps, c, c_row, factor);
 #endif
   }
 }
 
 // The same from zero, for a sum whose rounding error is magnified afterwards (scores, by exp): in full precision it is added up from
 // short parts, which halves the error for a few percent of the time.
-template <class W, class A>
+template <Rows kind = Rows::padded, class W, class A>
 static void exact_product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
                           A* c, int64_t c_row) {
   int64_t part = !same<W, A> ? steps : rows == 1 ? 16 : 32;
-  product<Start::zero>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
+  product<Start::zero, kind>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
   for (int64_t s = part; s < steps; s += part)
-    product<Start::add>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);
+    product<Start::add, kind>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);
 }
 
 // Packing. A natural row of n elements: words(n) of them, the last one padded with zero.

@@ -317,9 +317,13 @@ def test_windows():
     idx, targets = textdata.sample(ids, 50, 8, torch.Generator().manual_seed(0))
     assert idx.shape == (50, 8) and torch.equal(targets, idx + 1) and torch.equal(idx - idx[:, :1], torch.arange(8).expand(50, 8))
     assert textdata.sample(ids[:9], 4, 8, torch.Generator())[1][:, -1].tolist() == [8] * 4
-    idx, targets = textdata.sweep(ids, 9)
-    assert idx.flatten().tolist() == list(range(99)) and targets.flatten().tolist() == list(range(1, 100))
+    for block_size, last in ((1, 99), (8, 96), (9, 99)):  # each target once, from the half of a window before it at least
+        idx, targets = textdata.sweep(ids, block_size)
+        assert targets[targets >= 0].tolist() == list(range(1, last + 1)) and (targets[0] >= 0).all()
+        assert torch.equal((idx + 1)[targets >= 0], targets[targets >= 0]) and (targets[1:, : block_size // 2] == -1).all()
     assert len(textdata.sweep(ids, 9, most=4)[0]) == 4
+    near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
+    assert near == pytest.approx(50)
 
 
 

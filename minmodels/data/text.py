@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +64,23 @@ def sample(ids: Tensor, batch: int, block_size: int, generator: torch.Generator)
     return windows[:, :-1], windows[:, 1:]
 
 
-def sweep(ids: Tensor, block_size: int, most: int = 512) -> tuple[Tensor, Tensor]:
-    """The windows of a text, end to end, at most `most` of them, evenly spread: ids and targets, both (windows, block_size)."""
-    starts = torch.arange(0, len(ids) - block_size, block_size)
+def sweep(ids: Tensor, block_size: int, most: int = 1024) -> tuple[Tensor, Tensor]:
+    """Windows of a text that overlap by half, at most `most` of them, evenly spread: ids and targets, both (windows, block_size). But for
+    the first window, targets are -1 in the overlap: each counts once, and is predicted from at least half a window before it."""
+    stride = (block_size + 1) // 2
+    starts = torch.arange(0, len(ids) - block_size, stride)
     starts = starts[torch.linspace(0, len(starts) - 1, min(most, len(starts))).long(), None]
     windows = ids[starts + torch.arange(block_size + 1)].long()
-    return windows[:, :-1], windows[:, 1:]
+    targets = windows[:, 1:].clone()
+    targets[1:, :-stride] = -1
+    return windows[:, :-1], targets
+
+
+def mean_loss(windows: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Over the targets that count, of a loss(ids, targets) that is a mean over them itself."""
+    parts = [t.split(64) for t in windows]
+    counts = [int((targets >= 0).sum()) for targets in parts[1]]
+    return sum(loss(*part).item() * n for *part, n in zip(*parts, counts, strict=True)) / sum(counts)
 
 
 def _split_file(path: str) -> tuple[str, str]:

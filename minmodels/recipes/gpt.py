@@ -45,9 +45,8 @@ class TextRecipe(Recipe):
         return textdata.sample(self.text.train, self.options.batch_size, self.options.block_size, generator)
 
     def heldout(self, model, move):
-        windows = [t.split(64) for t in textdata.sweep(self.text.heldout, self.options.block_size)]
-        total = sum(self.loss(model, move(idx), move(targets)).item() * len(idx) for idx, targets in zip(*windows, strict=True))
-        loss = total / sum(map(len, windows[0]))
+        windows = textdata.sweep(self.text.heldout, self.options.block_size)
+        loss = textdata.mean_loss(windows, lambda idx, targets: self.loss(model, move(idx), move(targets)))
         if self.options.tokenizer == "chars":
             return {"heldout": loss}
         return {"heldout": loss, "per character": loss * len(self.text.heldout) / len(self.tokens.decode(self.text.heldout))}

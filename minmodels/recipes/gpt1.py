@@ -50,9 +50,8 @@ class GPT1Recipe(Recipe):
             return model(ids, targets)
 
     def heldout(self, model, move):
-        windows = [t.split(64) for t in textdata.sweep(self.held, self.options.block_size)]
-        total = sum(model(move(ids), move(targets)).item() * len(ids) for ids, targets in zip(*windows, strict=True))
-        return {"heldout": total / sum(map(len, windows[0]))}
+        windows = textdata.sweep(self.held, self.options.block_size)
+        return {"heldout": textdata.mean_loss(windows, lambda ids, targets: model(move(ids), move(targets)))}
 
     def extras(self):
         return {"tokenizer": self.tokenizer.to_str()}

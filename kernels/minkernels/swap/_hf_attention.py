@@ -1,12 +1,14 @@
 """Attention as transformers asks for it: a mask function and an attention function, registered while a swapped model uses them.
 
-What the mask function returns says what the attention function has to do, whatever flags the module hands on:
-    None           every key, or the band that is_causal gives, from the bottom right
-    (B, N)         causal from the bottom right, over the keys that are True
+What the mask function returns says what the attention function has to do, whatever flags the module hands on (some are wrong where
+a mask has always said it):
+    (0,)           causal from the bottom right, over every key
+    (B, N)         the same over the keys that are True
     (B, 1, N)      the same within the config's sliding window
     (B, 1, 1, N)   the keys that are True
     (B, 1, M, N)   all said by the mask: packed sequences, chunks, what a static cache has not filled
-The last two are what F.scaled_dot_product_attention takes, too.
+The last two are what F.scaled_dot_product_attention takes, too. None is every key, or, from models that ask for no mask, what their
+is_causal says.
 """
 
 import sys
@@ -82,27 +84,27 @@ def mask(
     """
     from transformers import masking_utils
 
-    if attention_mask is not None and attention_mask.dim() == 3:  # ours, from generate(), which prepared it
+    if attention_mask is not None and attention_mask.dim() in (1, 3):  # ours, from generate(), which prepared it
         return attention_mask
     if cache_position is not None:
         aligned = cache_position.shape[0] == kv_length
     else:
         ints = isinstance(q_offset, int | torch.SymInt) and isinstance(kv_offset, int | torch.SymInt)
         aligned = ints and q_offset - kv_offset == kv_length - q_length
-    padding = attention_mask is not None
-    if padding and attention_mask.dim() == 2:
-        if allow_is_bidirectional_skip and mask_function is masking_utils.bidirectional_mask_function and local_size is None:
+    device = attention_mask.device if attention_mask is not None else device if cache_position is None else cache_position.device
+    keys = attention_mask is None or attention_mask.dim() == 2  # or a mask that only they understand
+    if keys and allow_is_bidirectional_skip and mask_function is masking_utils.bidirectional_mask_function and local_size is None:
+        if attention_mask is not None:
             return _keys(attention_mask, kv_length, kv_offset)[:, None, None]
-        if allow_is_causal_skip and aligned and _plain(mask_function, local_size, config, masking_utils):
+        if getattr(config, "is_causal", True):
+            return None
+        return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)  # its modules would say causal
+    if keys and allow_is_causal_skip and aligned and _plain(mask_function, local_size, config, masking_utils):
+        if attention_mask is not None:
             keys = _keys(attention_mask, kv_length, kv_offset)
-            return keys if local_size is None else keys[:, None]
-    elif not padding:
-        if allow_is_bidirectional_skip and mask_function is masking_utils.bidirectional_mask_function and local_size is None:
-            if getattr(config, "is_causal", True) is not False:
-                return None
-            return torch.ones(batch_size, 1, 1, kv_length, dtype=torch.bool, device=device)  # its modules would say causal
-        if allow_is_causal_skip and aligned and _plain(mask_function, local_size, config, masking_utils):
-            return None if local_size is None else torch.ones(batch_size, 1, kv_length, dtype=torch.bool, device=_device(device, cache_position))
+        else:
+            keys = torch.ones((0,) if local_size is None else (batch_size, kv_length), dtype=torch.bool, device=device)
+        return keys if local_size is None else keys[:, None]
     places = {"cache_position": cache_position} if cache_position is not None else {"q_length": q_length, "q_offset": q_offset}
     return masking_utils.sdpa_mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
@@ -126,10 +128,6 @@ def _keys(attention_mask, kv_length, kv_offset):
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _device(device, cache_position):
-    return device if cache_position is None else cache_position.device
-
-
 def attend(
     module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, sliding_window=None, softcap=None, s_aux=None,
     position_bias=None, **kwargs,
@@ -141,6 +139,8 @@ def attend(
     N = key.shape[2]
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    elif attention_mask.dim() == 1:
+        causal = True
     elif attention_mask.dim() == 2:
         causal, keys = True, attention_mask
     elif attention_mask.dim() == 3:
@@ -189,9 +189,8 @@ def _library(module, query, key, value, attention_mask, causal, window, *, cache
         seen = at <= last
         if window is not None:
             seen = seen & (at >= last - window[0])
-        if attention_mask is not None:
-            seen = seen & attention_mask.reshape(-1, 1, 1, N)
-        attention_mask = seen if attention_mask is not None else seen[None, None]
+        whole = attention_mask is None or attention_mask.dim() == 1
+        attention_mask = seen[None, None] if whole else seen & attention_mask.reshape(-1, 1, 1, N)
     function = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if function is None or cache is not None:
         function = _interfaces()[0]._global_mapping["sdpa"]

@@ -14,6 +14,7 @@ from minkernels.swap import _hf_attention, _hf_losses
 from minkernels.swap.changes import Attribute, Left, Swap, forward
 
 TESTED = (4, 57), (6, 0)  # from the first, before the second
+NOT_OURS = {"DeepseekV4Attention": "it makes its mask longer, which it can only with a whole one"}
 
 
 def plan(model: nn.Module, *, linear_cross_entropy: bool = False, **_) -> Iterator[Swap | Left]:
@@ -53,52 +54,50 @@ def _outermost(module, where, kind):
 
 
 def _attention(where, model, kind):
-    """One Swap for each config: the modules that ask it for their implementation, and the models that build the masks for them."""
-    routed, others, owners, configs = {}, [], {}, {}
-    for name, module in model.named_modules(prefix=where):
-        config = getattr(module, "config", None)
-        if isinstance(module, kind):
-            owners[name] = config
-            configs.setdefault(id(config), []).append((name, module))
+    """A Swap for each config: the modules that ask it for their implementation, and the models that build their masks by it."""
+    parts = list(model.named_modules(prefix=where))
+    models = {name: module for name, module in parts if isinstance(module, kind)}
+    routed, inside, why = {}, set(), {}  # id(config): modules; names of what they are in; id(config): why none of them can be swapped
+    for name, module in parts:
+        if name in models or not _uses_interface(type(module)):
             continue
-        owner = next(o for o in _upwards(name) if o in owners)  # the model itself is the last of them
-        if _uses_interface(type(module)):
-            config = owners[owner] if config is None else config
-            routed.setdefault(id(config), (config, owner, []))[2].append((name, module))
-        elif "Attention" in type(module).__name__ and not type(module).__module__.startswith("torch.") and list(module.parameters()):
-            others.append((name, module, owners[owner]))
-    inside = {up for _, _, found in routed.values() for name, _ in found for up in _upwards(name)}
-    blocked = {}  # configs whose masks also reach attention that does not take ours
-    outer = [name for name, *_ in others]
-    for name, module, config in others:
-        if name in inside or any(up in outer for up in _upwards(name)[1:]):
-            continue  # a wrapper of what is routed, or a part of what is named already
-        takes_mask = "attention_mask" in inspect.signature(type(module).forward).parameters
-        if takes_mask:
-            blocked[id(config)] = type(module).__name__
+        owner = _owner(name, models)
+        at = id(getattr(module, "config", owner.config))
+        routed.setdefault(at, []).append((name, module))
+        inside.update(_upwards(name))
+        reason = NOT_OURS.get(type(module).__name__) or _sdpa_only(type(module))
+        if reason or not owner._can_set_attn_implementation():
+            why[at] = reason or f"{type(owner).__name__} does not support setting its attention implementation"
+    others = [name for name, module in parts if name not in models and name not in inside and _is_attention(module)]
+    for name in others:
+        if any(up in others for up in _upwards(name)[1:]):
+            continue
+        module = model.get_submodule(name.removeprefix(where).removeprefix("."))
         yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
-    for name, module in model.named_modules(prefix=where):
-        if isinstance(module, kind) and id(module.config) in routed and not module._can_set_attn_implementation():
-            blocked.setdefault(id(module.config), type(module).__name__)
-    for at, (config, owner, found) in routed.items():
-        if at in blocked:
-            yield Left(owner, f"attention of {_kinds(found)}", f"{blocked[at]} beside it cannot take another implementation")
-            continue
-        if at not in configs:
-            yield Left(owner, f"attention of {_kinds(found)}", "its config belongs to no PreTrainedModel")
+        if "attention_mask" in inspect.signature(type(module).forward).parameters:
+            why.setdefault(id(_owner(name, models).config), f"{type(module).__name__} beside it could not read our masks")
+    configs = {}
+    for name, module in models.items():
+        configs.setdefault(id(module.config), []).append((name, module))
+    for at, found in routed.items():
+        what = f"{len(found)} {', '.join(sorted({type(module).__name__ for _, module in found}))}"
+        if at in why or at not in configs:
+            yield Left(found[0][0], what, why.get(at, "its config belongs to no PreTrainedModel"))
             continue
         name, module = configs[at][0]
-        changes = [_hf_attention.Implementation(config)]
+        changes = [_hf_attention.Implementation(module.config)]
         for _, m in configs[at]:
-            if vars(m).get("_attn_implementation") == config._attn_implementation:  # what some models copy when they are made
+            if vars(m).get("_attn_implementation") == module.config._attn_implementation:  # what some models copy when they are made
                 changes.append(Attribute(m, "_attn_implementation", _hf_attention.NAME))
-        yield Swap(name, f"{len(found)} {_kinds(found)}", "attention", module, tuple(changes))
-    if not blocked:
-        for at, models in configs.items():  # those above, which may build the masks
-            name, module = models[0]
-            if at not in routed and name in inside:
-                changes = (_hf_attention.Implementation(module.config),)
-                yield Swap(name, f"masks of {type(module).__name__}", "those of attention", module, changes)
+        yield Swap(name, what, "attention", module, tuple(changes))
+    for at, ((name, module), *_) in configs.items():
+        if not why and at not in routed and name in inside:  # a model around those, which may build their masks
+            yield Swap(name, f"masks of {type(module).__name__}", "attention's", module, (_hf_attention.Implementation(module.config),))
+
+
+def _owner(name, models):
+    """The innermost PreTrainedModel around a module."""
+    return next(models[up] for up in _upwards(name) if up in models)
 
 
 def _upwards(name):
@@ -107,28 +106,36 @@ def _upwards(name):
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)] + ([""] if name else [])
 
 
-def _kinds(found):
-    return ", ".join(sorted({type(module).__name__ for _, module in found}))
+def _is_attention(module):
+    kind = type(module)
+    return "Attention" in kind.__name__ and not kind.__module__.startswith("torch.") and any(True for _ in module.parameters())
 
 
 @functools.cache
-def _names(kind, method="forward"):
-    """The globals and attributes that a method of this class names, and no others of its class."""
-    code = getattr(inspect.unwrap(getattr(kind, method, None)), "__code__", None)
-    return frozenset(code.co_names) if code else frozenset()
+def _code(kind):
+    """The code of every method of a class and of those that it comes from."""
+    methods = [f for base in kind.__mro__ if base is not nn.Module for f in vars(base).values() if inspect.isfunction(f)]
+    return [inspect.unwrap(f).__code__ for f in methods]
 
 
-@functools.cache
 def _uses_interface(kind):
-    return any("ALL_ATTENTION_FUNCTIONS" in _names(kind, name) for name, f in vars(kind).items() if inspect.isfunction(f)) or any(
-        map(_uses_interface, kind.__bases__)
-    )
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _code(kind))
+
+
+def _sdpa_only(kind):
+    """Models of sparse attention put what is not to be seen into their masks, but only where these go to functions that they know."""
+    names = [name for code in _code(kind) for const in code.co_consts for name in (const if isinstance(const, tuple) else (const,))]
+    return "it does for sdpa what it would not do for us" if "sdpa" in names else ""
+
+
+def _names(kind):
+    return set(inspect.unwrap(kind.forward).__code__.co_names)
 
 
 def _loss(where, model, linear):
     used, kind = _names(type(model)), type(model).__name__
-    swappable = getattr(vars(model).get("forward"), "func", None) in (None, _hf_losses.without_logits, _hf_losses.with_cross_entropy)
-    swappable &= "forward" not in vars(model) or hasattr(vars(model)["forward"], "func")
+    own = vars(model).get("forward")
+    swappable = own is None or getattr(own, "func", None) in (_hf_losses.without_logits, _hf_losses.with_cross_entropy)
     if linear and "lm_head" in used:
         why = _hf_losses.no_linear(model)
         if not why and swappable:

@@ -15,7 +15,6 @@ import sys
 import weakref
 
 import torch
-from torch import Tensor
 
 from minkernels._checks import FLOATS
 from minkernels.attention.ops import MAX_HEAD_DIM, attention
@@ -51,9 +50,7 @@ class Implementation:
         _live.discard(self)
         if not any(x.config is self.config for x in _live):
             self.config._attn_implementation_internal = self.before
-        if not _live:
-            for interface in _interfaces():
-                interface._global_mapping.pop(NAME, None)
+        _unregister()
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -62,8 +59,15 @@ class Implementation:
 
     def _register(self):
         _live.add(self)
+        weakref.finalize(self, _unregister).atexit = False  # a model that is dropped as it is
         for interface, function in zip(_interfaces(), (attend, mask), strict=True):
             interface.register(NAME, function)
+
+
+def _unregister():
+    if not any(True for _ in _live):
+        for interface in _interfaces():
+            interface._global_mapping.pop(NAME, None)
 
 
 def _interfaces():

@@ -34,16 +34,20 @@ def loss_of(model: nn.Module) -> tuple[Callable, Callable | None]:
     own = vars(model).get("_loss_function")
     if own is None:
         own = loss_utils.LOSS_MAPPING.get(getattr(model, "loss_type", None), loss_utils.ForCausalLMLoss)
-    if own in (causal_lm, masked_lm, token_classification, question_answering, sequence_classification):
+    if own in fused().values():
         return own, own
-    ours = {
-        loss_utils.ForCausalLMLoss: causal_lm,
-        loss_utils.ForMaskedLMLoss: masked_lm,
-        loss_utils.ForTokenClassification: token_classification,
-        loss_utils.ForQuestionAnsweringLoss: question_answering,
-        loss_utils.ForSequenceClassificationLoss: sequence_classification,
+    return own, next((ours for name, ours in fused().items() if own is getattr(loss_utils, name)), None)
+
+
+def fused() -> dict[str, Callable]:
+    """The losses of transformers.loss.loss_utils that we have."""
+    return {
+        "ForCausalLMLoss": causal_lm,
+        "ForMaskedLMLoss": masked_lm,
+        "ForTokenClassification": token_classification,
+        "ForQuestionAnsweringLoss": question_answering,
+        "ForSequenceClassificationLoss": sequence_classification,
     }
-    return own, ours.get(own)
 
 
 def causal_lm(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_):

@@ -7,9 +7,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-import minkernels
 from torch import nn
 
+import minkernels
 from minkernels.swap import _hf_attention, _hf_losses
 from minkernels.swap.changes import Attribute, Left, Swap, forward
 

@@ -597,11 +597,8 @@ class Counter:
         return graph.forward
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "mistral"])
-@pytest.mark.parametrize("linear", [False, True], ids=["", "linear_cross_entropy"])
+@pytest.mark.parametrize("name, linear", [("gpt2", False), ("gpt2", True), ("bert", False), ("mistral", False)])
 def test_compile_without_a_graph_for_each_length(library, name, linear):
-    if name in UNROUTED or (linear and name == "bert"):
-        pytest.skip("nothing of it to compile")
     torch._dynamo.reset()
     counter, model = Counter(), swapped(name, linear_cross_entropy=linear)
     call = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
@@ -619,10 +616,16 @@ def test_compile_without_a_graph_for_each_length(library, name, linear):
 def test_compiled_gradients(library):
     torch._dynamo.reset()
     given, valid = inputs_of("gpt2", "left")
+    results = []
+    for model in (swapped("gpt2"), make("gpt2")):
+        del model.transformer.h[1:]  # half the time
+        results.append(run(model, given, valid))
     model = swapped("gpt2")
+    del model.transformer.h[1:]
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
-    for three in zip(run(model, given, valid), eager("gpt2", "left", torch.float32), exactly("gpt2", "left"), strict=True):
-        assert_close(*three, torch.float32)
+    for ours, theirs, compiled in zip(*results, run(model, given, valid), strict=True):
+        torch.testing.assert_close(compiled, ours)
+        torch.testing.assert_close(compiled, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])

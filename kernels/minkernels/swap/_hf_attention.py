@@ -16,8 +16,7 @@ import weakref
 
 import torch
 
-from minkernels._checks import FLOATS
-from minkernels.attention.ops import MAX_HEAD_DIM, attention
+from minkernels.attention.ops import attention
 
 NAME = "minkernels"
 IGNORED = frozenset(  # what models hand on to every attention function, and the eager one does not look at
@@ -137,51 +136,49 @@ def attend(
     position_bias=None, **kwargs,
 ):  # fmt: skip
     """query (B, H, M, D), key (B, Hkv, N, D), value (B, Hkv, N, Dv) -> (B, M, H, Dv), None: minkernels.attention."""
-    if not (query.dtype == key.dtype == value.dtype) and torch.is_autocast_enabled(query.device.type):
-        query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))  # as F.linear's are
     keys = seen = window = None
-    N = key.shape[2]
+    bias, causal = position_bias, True
     if attention_mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    elif attention_mask.dim() == 1:
-        causal = True
-    elif attention_mask.dim() == 2:
-        causal, keys = True, attention_mask
-    elif attention_mask.dim() == 3:
-        left = module.config.sliding_window if sliding_window is None else sliding_window
-        causal, window, keys = True, (left - 1, None), attention_mask[:, 0]
-    else:
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    elif (dims := attention_mask.dim()) == 2:
+        keys = attention_mask
+    elif dims == 3:
+        keys, window = attention_mask.squeeze(1), ((module.config.sliding_window if sliding_window is None else sliding_window) - 1, None)
+    elif dims != 1:
         causal = False
-        if attention_mask.shape[-1] > N:
+        _, heads, queries, N = attention_mask.shape
+        if N > key.shape[2]:
+            N = key.shape[2]
             attention_mask = attention_mask[..., :N]
-        if attention_mask.dtype == torch.bool:
+        if attention_mask.dtype != torch.bool:  # additive, made by the model or its user
+            bias = attention_mask if bias is None else bias + attention_mask
+        elif heads == queries == 1:
+            keys = attention_mask.view(-1, N)
+        else:
             seen = attention_mask
-    if not _served(query, key, value, keys, dropout, s_aux, kwargs):
-        options = dict(sliding_window=sliding_window, softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs)
-        return _library(module, query, key, value, attention_mask, causal, window, dropout=dropout, scaling=scaling, **options)
-    bias = position_bias
-    if seen is None and causal is False and attention_mask is not None:  # additive, made by the model or its user
-        bias = attention_mask if bias is None else bias + attention_mask
-    out = attention(
-        query, key, value, causal=bool(causal), key_mask=keys, mask=seen, bias=bias, window=window, softcap=softcap, sinks=s_aux,
-        scale=scaling, dropout_p=dropout,
-    )  # fmt: skip
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _served(query, key, value, keys, dropout, s_aux, options):
-    for name, given in options.items():
+    served = True
+    for name, given in kwargs.items():
         if given is not None and given is not False and name not in IGNORED:  # output_attentions, a head_mask, what we do not know
-            return False
-    return (
-        query.shape[-1] <= MAX_HEAD_DIM >= value.shape[-1]
-        and query.dtype == key.dtype == value.dtype
-        and query.dtype in FLOATS
-        and query.shape[0] == key.shape[0]
-        and dropout < 1
-        and (keys is None or (keys.dtype == torch.bool and keys.shape == (key.shape[0], key.shape[2])))
-        and (s_aux is None or s_aux.dim() == 1)
-    )
+            served = False
+    if served:
+        try:
+            out = attention(
+                query, key, value, causal=causal, key_mask=keys, mask=seen, bias=bias, window=window, softcap=softcap, sinks=s_aux,
+                scale=scaling, dropout_p=dropout,
+            )  # fmt: skip
+            return out.transpose(1, 2).contiguous(), None
+        except (TypeError, ValueError):  # what it does not take: a head of 300, dropout of 1, q and v of two dtypes
+            pass
+    mixed = not query.dtype == key.dtype == value.dtype
+    if mixed and torch.is_autocast_enabled(query.device.type):  # q and k were rotated in fp32; matrix products cast
+        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
+        return attend(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, **kwargs
+        )
+    return _library(
+        module, query, key, value, attention_mask, causal, window, dropout=dropout, scaling=scaling, sliding_window=sliding_window,
+        softcap=softcap, s_aux=s_aux, position_bias=position_bias, **kwargs,
+    )  # fmt: skip
 
 
 def _library(module, query, key, value, attention_mask, causal, window, *, cache=None, **options):

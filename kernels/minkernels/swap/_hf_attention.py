@@ -146,16 +146,14 @@ def attend(
         keys, window = attention_mask.squeeze(1), ((module.config.sliding_window if sliding_window is None else sliding_window) - 1, None)
     elif dims != 1:
         causal = False
-        _, heads, queries, N = attention_mask.shape
-        if N > key.shape[2]:
-            N = key.shape[2]
-            attention_mask = attention_mask[..., :N]
         if attention_mask.dtype != torch.bool:  # additive, made by the model or its user
             bias = attention_mask if bias is None else bias + attention_mask
-        elif heads == queries == 1:
-            keys = attention_mask.view(-1, N)
         else:
-            seen = attention_mask
+            _, heads, queries, N = attention_mask.shape
+            if heads == queries == 1:
+                keys = attention_mask.view(-1, N)
+            else:
+                seen = attention_mask
     served = True
     for name, given in kwargs.items():
         if given is not None and given is not False and name not in IGNORED:  # output_attentions, a head_mask, what we do not know

@@ -293,6 +293,11 @@ def test_calls_that_are_not_ours(library, monkeypatch, change):
     torch.testing.assert_close(out, exact.float())
 
 
+def forget_other_tests():
+    if list(_hf_attention._live):  # swapped models of theirs
+        gc.collect()
+
+
 def everything(model):
     """What must be the same after unswap: of every module its attributes, of the registries and configs theirs."""
     hidden = "_parameters", "_buffers", "_modules"
@@ -306,11 +311,13 @@ def everything(model):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("linear", [False, True], ids=["", "linear_cross_entropy"])
 def test_unswap_restores_everything(name, linear):
-    gc.collect()  # swapped models of other tests
+    forget_other_tests()
     model = make(name)
+    saved = model.config.to_dict()
     before, state = everything(model), {k: x.clone() for k, x in model.state_dict().items()}
     report = minkernels.swap(model, linear_cross_entropy=linear)
     assert report.replaced and everything(model) != before
+    assert model.config.to_dict() == saved  # what save_pretrained writes
     again = minkernels.swap(model, linear_cross_entropy=linear)
     assert not again.replaced and sorted(again.already) == sorted(report.replaced) and again.left == report.left
     assert list(model.state_dict()) == list(state) and all(torch.equal(x, state[k]) for k, x in model.state_dict().items())
@@ -319,7 +326,7 @@ def test_unswap_restores_everything(name, linear):
 
 
 def test_copies_keep_the_registration_alive(library):
-    gc.collect()  # swapped models of other tests
+    forget_other_tests()
     model = make("gpt2")
     plain = model(input_ids=torch.arange(3, 9)[None]).logits
     minkernels.swap(model, linear_cross_entropy=True)
@@ -348,6 +355,14 @@ class Wrapped(nn.Module):
     def __init__(self, text, image):
         super().__init__()
         self.parts = nn.ModuleList([text, image])
+
+
+def test_an_implementation_set_since_is_kept():
+    model = make("gpt2")
+    minkernels.swap(model)
+    model.set_attn_implementation("sdpa")
+    minkernels.unswap(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_models_inside_a_module():
@@ -611,6 +626,16 @@ def test_compile_without_a_graph_for_each_length(library, name, linear):
             torch.testing.assert_close(out.logits[valid], plain.logits[valid], atol=1e-4, rtol=1e-4)
         graphs.append(counter.graphs)
     assert graphs[-1] == graphs[1] <= 2, graphs  # one more where torch finds that a size it took for fixed is not
+
+
+def test_compiled_head_with_a_loss_of_its_own(library):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(transformers.BertConfig(**SMALL | NO_DROPOUT | dict(num_hidden_layers=1))).eval()
+    given = dict(input_ids=torch.randint(3, V, (2, 5)), **HEADS["BertForPreTraining"])
+    plain = model(**given).loss
+    minkernels.swap(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=Counter())(**given).loss, plain)
 
 
 def test_compiled_gradients(library):

@@ -47,7 +47,8 @@ class Implementation:
 
     def revert(self):
         _live.discard(self)
-        if not any(x.config is self.config for x in _live):
+        used = any(x.config is self.config for x in _live)
+        if not used and self.config._attn_implementation == NAME:  # else somebody has set another since
             self.config._attn_implementation_internal = self.before
         _unregister()
 

@@ -298,6 +298,17 @@ def forget_other_tests():
         gc.collect()
 
 
+def test_no_mask_is_what_it_is_for_sdpa(library):
+    module = make("llama").model.layers[0].self_attn
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 7, 8), torch.randn(2, 2, 7, 8)
+    theirs = transformers.AttentionInterface()["sdpa"]
+    for queries in (q, q[:, :, :1]):
+        for options in ({}, {"is_causal": False}, {"something_new": 1}):
+            ours = _hf_attention.attend(module, queries, k, v, None, scaling=0.3, **options)[0]
+            known = {name: x for name, x in options.items() if name == "is_causal"}
+            torch.testing.assert_close(ours, theirs(module, queries, k, v, None, scaling=0.3, **known)[0])
+
+
 def everything(model):
     """What must be the same after unswap: of every module its attributes, of the registries and configs theirs."""
     hidden = "_parameters", "_buffers", "_modules"

@@ -7,8 +7,8 @@ a mask has always said it):
     (B, 1, N)      the same within the config's sliding window
     (B, 1, 1, N)   the keys that are True
     (B, 1, M, N)   all said by the mask: packed sequences, chunks, what a static cache has not filled
-The last two are what F.scaled_dot_product_attention takes, too. None is every key, or, from models that ask for no mask, what their
-is_causal says.
+The last two are what F.scaled_dot_product_attention takes, too. None is every key; from models that ask for no mask, or ask with another
+config, it may be causal by their flag, and then from the top left, as transformers has it for F.scaled_dot_product_attention.
 """
 
 import sys
@@ -140,7 +140,8 @@ def attend(
     keys = seen = window = None
     bias, causal = position_bias, True
     if attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = "top-left" if causal and query.shape[2] > 1 else False
     elif (dims := attention_mask.dim()) == 2:
         keys = attention_mask
     elif dims == 3:
@@ -184,7 +185,7 @@ def _library(module, query, key, value, attention_mask, causal, window, *, cache
     """The same by the model's own eager function, where it has one, else by transformers' on F.scaled_dot_product_attention."""
     M, N = query.shape[2], key.shape[2]
     if causal:
-        last = torch.arange(N - M, N, device=query.device)[:, None]  # of the keys that query i sees
+        last = torch.arange(M, device=query.device)[:, None] + (0 if causal == "top-left" else N - M)  # of the keys that query i sees
         at = torch.arange(N, device=query.device)
         seen = at <= last
         if window is not None:

@@ -68,11 +68,10 @@ def _attention(where, model, kind):
         reason = NOT_OURS.get(type(module).__name__) or _sdpa_only(type(module))
         if reason or not owner._can_set_attn_implementation():
             why[at] = reason or f"{type(owner).__name__} does not support setting its attention implementation"
-    others = [name for name, module in parts if name not in models and name not in inside and _is_attention(module)]
-    for name in others:
+    others = {name: module for name, module in parts if name not in models and name not in inside and _is_attention(module)}
+    for name, module in others.items():
         if any(up in others for up in _upwards(name)[1:]):
             continue
-        module = model.get_submodule(name.removeprefix(where).removeprefix("."))
         yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             why.setdefault(id(_owner(name, models).config), f"{type(module).__name__} beside it could not read our masks")

@@ -71,6 +71,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("soft-nms", ["bench/bench_soft_nms.py"], 20, 60),
         bench("mingpt", ["bench/bench_mingpt.py"], 30, 60),
         bench("vision", ["bench/bench_models_vision.py"], 30, 60),
+        bench("swap-transformers", ["bench/bench_swap_transformers.py"], 30, 60),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry_run:

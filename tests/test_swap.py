@@ -234,6 +234,7 @@ def test_models_of_transformers_are_anothers(monkeypatch):
     package = types.ModuleType("transformers.modeling_utils")
     package.PreTrainedModel = PreTrainedModel
     monkeypatch.setitem(sys.modules, "transformers.modeling_utils", package)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)  # without it its adapter stays away
     report = swap(nn.ModuleDict({"theirs": nn.ModuleList([PreTrainedModel()]), "ours": nn.BCEWithLogitsLoss()}))
     assert [r.where for r in report.replaced] == ["ours"]
 

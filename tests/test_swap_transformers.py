@@ -13,7 +13,7 @@ from torch import nn
 
 import minkernels
 from judge import assert_close
-from minkernels.swap import _hf_attention, _hf_losses
+from minkernels.swap import _hf_attention, _hf_losses, functional
 from minkernels.swap import transformers as adapter
 
 transformers = pytest.importorskip("transformers")
@@ -516,8 +516,8 @@ HEADS = {  # which call F.cross_entropy in their forward
 
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_with_a_loss_of_their_own(library, monkeypatch, head):
-    calls, own = [], _hf_losses.cross_entropy
-    monkeypatch.setattr(_hf_losses, "cross_entropy", lambda *args, **options: calls.append(args) or own(*args, **options))
+    calls, own = [], functional.our_cross_entropy
+    monkeypatch.setattr(functional, "our_cross_entropy", lambda *args, **options: calls.append(args) or own(*args, **options))
     model = getattr(transformers, head)(transformers.BertConfig(**SMALL | NO_DROPOUT)).eval()
     ids = torch.randint(3, V, (2, 5))
     given = dict(input_ids=ids[None] if head.endswith("Choice") else ids, **HEADS[head])

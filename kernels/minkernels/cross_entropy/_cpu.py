@@ -39,5 +39,5 @@ def grad(input, target, weight, coefficients, *options, out=None):
 
 
 def scale_(x, scale):
-    if scale != 1:
+    if scale.item() != 1:
         x.mul_(scale)

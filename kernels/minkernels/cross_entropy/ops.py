@@ -322,7 +322,8 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 11
         dtarget, (grad, ctx.grad) = None, (ctx.grad, None)  # handed out once: a later backward recomputes, and changes nothing given before
         if grad is not None:
-            scale_(grad, dloss)
+            if not (dloss.is_cpu and dloss.item() == 1):  # the operator would do nothing, and on a CPU it costs nothing to see that
+                scale_(grad, dloss)
         else:
             input, target, weight, stats = ctx.saved_tensors
             *x, reduction, empty_zero = ctx.options

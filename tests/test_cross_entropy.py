@@ -239,6 +239,7 @@ def test_the_gradient_of_probabilities(library):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pytorchs_own_samples(op, dtype, library):
     """Every sample that PyTorch tests its own function with, forward and backward."""
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     (info,) = (info for info in op_db if info.name == f"nn.functional.{op}" and not info.variant_test_name)

@@ -169,6 +169,7 @@ def test_the_logits_never_exist_whole(library):
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pytorchs_own_samples(dtype, library):
+    pytest.importorskip("expecttest")
     from torch.testing._internal.common_methods_invocations import op_db
 
     (info,) = (info for info in op_db if info.name == "nn.functional.linear_cross_entropy" and not info.variant_test_name)

@@ -58,7 +58,9 @@ TILES = {
     },
 }
 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
-    TILES["sm_90"]["dkdv", 2] |= {128: (64, 64, 8, 2)}  # there the wider one spills
+    TILES["sm_90"]["fwd", 2] |= {128: (128, 64, 8, 3)}  # there the wider ones spill
+    TILES["sm_90"]["dkdv", 2] |= {128: (64, 64, 8, 2)}
+    TILES["any"]["dq", 2] |= {256: (32, 32, 8, 2)}
 
 
 def fwd(q, k, v, *options):

@@ -180,7 +180,7 @@ def test_flash_dropout():
     *_, dv = sdpa.backward(do, q, q, ones, out, *rest[:3], 64, 64, 0.5, False, *rest[5:7])
     # the backward drops what the forward dropped: <out(v), do> is linear in v, so it equals <v, dv>
     torch.testing.assert_close((ones * dv).float().sum(), (out * do).float().sum(), rtol=0.02, atol=0.3)
-    with pytest.raises(NotImplementedError, match="return_debug_mask"):
+    with pytest.raises(ValueError, match="return_debug_mask must be False"):
         sdpa.forward(q, q, q, 0.0, False, True)
 
 

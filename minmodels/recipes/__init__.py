@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from minmodels.device import pick_device
 from minmodels.options import MODELS, TrainOptions
 
 
-class Recipe:
+class Recipe(ABC):
     """A subclass loads its data and sets `model`, built from `config`, a dataclass; and `data`, a name of the data and its size for people.
 
     Raises UserError for data and options that do not fit.
@@ -33,17 +34,17 @@ class Recipe:
     def __init__(self, options: TrainOptions):
         self.options = options
 
+    @abstractmethod
     def batch(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Examples to learn from, on the CPU: the same whatever the device."""
-        raise NotImplementedError
 
     def loss(self, model: nn.Module, *batch: Tensor) -> Tensor:
         """Of a batch on the model's device; a scalar."""
         return model(*batch)
 
+    @abstractmethod
     def heldout(self, model: nn.Module, move) -> dict[str, float]:
         """How good the model is on what it never saw: "heldout" is its loss, others are scores. move(t) takes a tensor to the device."""
-        raise NotImplementedError
 
     def extras(self) -> dict:
         """What else a checkpoint needs to be used: JSON."""
@@ -54,9 +55,9 @@ class Recipe:
         return ""
 
     @classmethod
+    @abstractmethod
     def build(cls, meta: dict) -> nn.Module:
         """An untrained model for the tensors of a checkpoint with this meta."""
-        raise NotImplementedError
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon (Jordan 2024) for the matrices inside, which at small sizes needs far fewer steps than AdamW, and AdamW for the rest."""

@@ -1,5 +1,6 @@
 """minGPT learns to continue text, and so does the bigram model."""
 
+from abc import abstractmethod
 from pathlib import Path
 
 import torch
@@ -33,9 +34,9 @@ class TextRecipe(Recipe):
         self.units, self.sha256, self.model = options.block_size, text.sha256, self.new()
         self.data = f"{text.name}: {len(text.train):,} {self.unit}, {len(text.heldout):,} held out, {len(self.tokens)} different ones"
 
+    @abstractmethod
     def sizes(self):
         """The config of a new model. May raise ValueError."""
-        raise NotImplementedError
 
     @seeded
     def new(self):

@@ -1,6 +1,7 @@
 """Fine-tuning of a pretrained language model on a task (minmodels.data.tasks)."""
 
 import hashlib
+from abc import abstractmethod
 from pathlib import Path
 
 import torch
@@ -37,23 +38,24 @@ class TaskRecipe(Recipe):
         if not options.scratch:
             self.model.load_state_dict(tensors, strict=False)  # the task's own layer is new
 
+    @abstractmethod
     def pretrained(self, checkpoint: str):
         """(config, tokenizer, the text that it learned from, tensors by their names in the model)."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def network(cls, config: dict, task: dict) -> nn.Module:
-        raise NotImplementedError
+        """An untrained model of that config for what _about() says of the task."""
 
     @staticmethod
+    @abstractmethod
     def inputs(tokenizer: Tokenizer, kind: str, texts: list[list[int]]) -> list[Sequence]:
         """The sequences of an example, from the ids of its texts."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def logits(model: nn.Module, ids: Tensor, segments: Tensor, lengths: Tensor) -> Tensor:
         """(B, S, T), (B, S, T), (B, S) -> (B, classes)."""
-        raise NotImplementedError
 
     @seeded
     def new(self):

@@ -48,7 +48,7 @@ def forward(
     of rng_state is our seed, where there is dropout.
     """
     if return_debug_mask:
-        raise NotImplementedError("return_debug_mask=True: minkernels keeps no dropout mask")
+        raise ValueError("return_debug_mask must be False: minkernels keeps no dropout mask")
     seed = torch.randint(2**62, (), device=query.device) if dropout_p else None
     out, lse = ops._fwd(query, key, value, *_options(query, seed, dropout_p, is_causal, scale))
     state = query.new_empty(2, dtype=torch.uint64)

@@ -8,6 +8,28 @@ from judge import assert_close
 from minkernels.attention import _options, reference
 from minkernels.attention._options import Options
 
+SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles of 6 rows, blocks of 48 or 96 queries, 64 or 128 keys
+    "one-token": (1, 1, 1, 1, 1, 16, 16),
+    "ragged-tail": (2, 3, 3, 70, 70, 64, 64),  # two blocks of queries, the second not a whole number of tiles
+    "decoding": (1, 2, 2, 1, 515, 128, 128),  # one row has a tile of its own; five blocks of keys, the last of 3
+    "grouped": (2, 4, 2, 5, 33, 24, 24),  # two heads share keys; D is no multiple of a register
+    "more-keys": (1, 2, 1, 130, 200, 96, 80),  # Dv differs from D
+    "more-queries": (1, 2, 2, 200, 130, 128, 128),  # causal: the first 70 queries see nothing
+    "odd-dims": (2, 2, 2, 97, 97, 33, 17),  # bfloat16 words of two: the last one is half empty
+    "widest": (1, 1, 1, 150, 150, 256, 256),
+    "one-key": (2, 2, 2, 49, 1, 7, 7),
+    "narrowest": (1, 2, 1, 20, 30, 1, 1),
+    "few-queries": (1, 2, 2, 4, 515, 64, 64),
+    "group-of-eight": (1, 8, 1, 1, 1100, 64, 64),  # eight heads in one task, whose keys are split in two
+    "short-and-long": (1, 1, 1, 20, 1300, 16, 16),  # too many rows to stream; split
+    "tiny": (3, 4, 4, 6, 6, 16, 16),  # to 128 tokens: whole heads, here several a task
+    "short": (2, 6, 2, 15, 21, 40, 40),  # three heads are rows of one task; the last register of D is half full
+    "one-head": (2, 1, 1, 112, 96, 64, 32),  # rows lie one after the other, so they are read in place
+    "longest-whole": (1, 2, 1, 128, 128, 24, 64),
+    "no-queries": (1, 1, 1, 0, 5, 8, 8),
+    "no-keys": (1, 1, 1, 5, 0, 8, 8),
+}
+
 
 def make(B, H, Hkv, M, N, D, Dv, dtype=torch.float32):
     """q, k, v as views of (B, length, heads, dim)."""

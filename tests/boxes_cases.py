@@ -2,13 +2,24 @@
 
 import math
 
+import pytest
 import torch
+
+import minkernels
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = ["iou", "giou", "diou", "ciou"]
 FORMATS = ["xyxy", "xywh", "cxcywh"]
 REDUCTIONS = ["none", "mean", "sum"]
 LAYOUTS = ["contiguous", "permuted", "slice", "expanded"]
+PAIRWISE = {
+    "iou": minkernels.box_iou,
+    "giou": minkernels.generalized_box_iou,
+    "diou": minkernels.distance_box_iou,
+    "ciou": minkernels.complete_box_iou,
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+formats = pytest.mark.parametrize("fmt", FORMATS)
 
 
 def corners(boxes, fmt):

@@ -1,11 +1,12 @@
 """Fixtures: the device, the instruction-set levels of the C++ kernels, a fixed seed. No environment variable is set for good."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from minkernels import _library
+from minkernels import _build, _library
 
 os.environ.pop("PYTEST_XDIST_WORKER", None)  # the benches that tests start are no workers: pytest-benchmark would switch itself off
 LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]  # csrc/ops/cpu/levels.h, worst first
@@ -26,6 +27,12 @@ def library():
     """The C++ library: `make test` builds it, so that a test never passes for want of what it tests."""
     assert not _library.cpp_missing(), f"{_library.cpp_missing()}: run {_library.BUILD}"
     return torch.ops.minkernels
+
+
+@pytest.fixture(scope="session")
+def host():
+    """The C++ side of minmodels.metrics, built by `make test` too."""
+    assert (Path(_library.__file__).parent / _build.HOST).exists(), f"minkernels._host is not built: run {_library.BUILD}"
 
 
 @pytest.fixture

@@ -5,6 +5,10 @@ import io
 
 import numpy as np
 
+SEEDS = range(24)
+GT = {"boxes": [[0, 0, 5, 5], [1, 1, 2, 2]], "classes": [1, 2], "crowd": [0, 1], "area": [25.0, 1.0]}
+DET = {"boxes": [[0, 0, 5, 5]], "classes": [1], "scores": [0.5]}
+
 
 def plain(rng, n):
     return np.concatenate([rng.random((n, 2)) * 60, np.exp(rng.uniform(1, 5, (n, 2)))], 1)

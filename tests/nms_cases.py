@@ -1,8 +1,13 @@
 """Boxes for the tests and the bench of NMS, and the oracle: torchvision's greedy loop, written plainly, for each image and class."""
 
+import math
+
 import torch
 
 from bench import plain_nms
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+NAN, INF = math.nan, math.inf
 
 
 def clusters(N, classes=1):

@@ -1,13 +1,22 @@
 """What the tests of the segmentation losses share: PyTorch's and torchvision's formulas, and how cases are drawn."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+
+from minkernels import bce_dice_loss, bce_with_logits, sigmoid_focal_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]
 TARGETS = ["float", "hard", "float64", "float16", "bool", "uint8", "int32", "int64"]
 LAYOUTS = ["contiguous", "permuted", "slice", "expanded"]
+LOSSES = {
+    "bce": lambda x, t, **options: bce_with_logits(x, t, **options),
+    "focal": lambda x, t, **options: sigmoid_focal_loss(x, t, **{"reduction": "mean", **options}),
+    "dice": lambda x, t, **options: bce_dice_loss(x, t, **options),
+}
+losses = pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
 
 
 def pointwise(x, t, weight=None, pos_weight=None, mask=None, alpha=-1.0, gamma=0.0, reduction="mean"):
@@ -82,3 +91,7 @@ image_shapes = st.one_of(
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 20000)),
     st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 5), st.integers(1, 9), st.integers(1, 7)),
 )
+
+
+def make(shape, dtype=torch.float32, target="float"):
+    return (3 * torch.randn(shape)).to(dtype), make_target(target, shape)

@@ -29,6 +29,12 @@ def ours(function, *args, **kwargs):
     return result, ops.names
 
 
+def batch(length=5):
+    padding = torch.zeros(2, length, dtype=torch.bool)
+    padding[1, 3:] = True
+    return torch.randn(2, length, 32), torch.randint(7, (2, length)), padding
+
+
 class Graphs:
     """A backend of torch.compile that runs a graph as it is, and knows the operators of ours in all graphs so far."""
 

@@ -1,4 +1,4 @@
-"""The bigram model, minGPT's sampling, tokens and GPT-2 weights, the adder, the encoder-decoder of 2017; each through the command line."""
+"""The bigram model, minGPT's sampling and tokens, the adder; and each small language model through the command line."""
 
 import json
 import math
@@ -7,34 +7,24 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 pytest.importorskip("matplotlib")  # the extra "models"
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from safetensors.torch import load_file, save_file
 
-from minmodels import bigram, files, gpt2, mingpt, transformer
+from minmodels import files
 from minmodels.bigram import Bigram, BigramConfig
-from minmodels.data import adder, reverse, tokens
+from minmodels.data import adder, tokens
 from minmodels.data import text as textdata
 from minmodels.mingpt import GPT, Cache, GPTConfig
 from minmodels.options import GPT_PRESETS, MODELS, GPTOptions
 from minmodels.recipes import recipe
 from minmodels.sampling import sample
-from minmodels.transformer import Transformer, TransformerConfig
+from model_cases import scaled
 from test_minmodels_cli import LINE, book, metrics, run, stop_after  # noqa: F401
 
 SMALL = GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=16)
 WIDTH = ["--n-layer", 1, "--n-head", 2, "--n-embd", 16]
-
-
-def scaled(model, scale):
-    """With weights so large that what comes before matters."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(scale) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    return model
 
 
 # sampling
@@ -225,128 +215,6 @@ def test_training_on_bpe_and_its_loss_per_character(book, tmp_path, capsys):  # 
     assert capsys.readouterr().out.startswith("the quick brown fox jumps")
 
 
-# GPT-2 from a folder
-
-
-def folder_of(tmp_path, **changes):
-    """A GPT-2 as Hugging Face keeps it, random, and the model with the same weights."""
-    model = scaled(GPT(GPTConfig(vocab_size=300, block_size=12, n_layer=2, n_head=2, n_embd=8)), 5)
-    tensors = {}
-    for name, t in model.state_dict().items():
-        tensors[f"transformer.{name}"] = (t.T if name.endswith(gpt2.TRANSPOSED) else t).contiguous()
-    tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 12, 12)  # the mask that old files hold
-    config = {"model_type": "gpt2", "vocab_size": 300, "n_positions": 12, "n_layer": 2, "n_head": 2, "n_embd": 8, **changes}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
-    return model
-
-
-def tokenizer_of(folder, kind):
-    bpe = tokens.BPE.learn(LINE * 20, 299).tokenizer
-    bpe.add_special_tokens([tokens.END_OF_TEXT])
-    if kind == "tokenizer.json":
-        bpe.save(str(folder / kind))
-    else:
-        bpe.model.save(str(folder))  # vocab.json and merges.txt
-        vocab = json.loads((folder / "vocab.json").read_text())
-        (folder / "vocab.json").write_text(json.dumps({**vocab, tokens.END_OF_TEXT: len(vocab)}))
-    return bpe
-
-
-def test_weights_of_a_folder(tmp_path):
-    ours = folder_of(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(gpt2.load(tmp_path).parameters(), ours.parameters(), strict=True))
-
-
-def test_weights_in_several_files_and_in_half_precision(tmp_path):
-    ours = folder_of(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    names = sorted(tensors)
-    (tmp_path / "model.safetensors").unlink()
-    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save_file({name: tensors[name].half() for name in part}, tmp_path / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    for a, b in zip(gpt2.load(tmp_path).parameters(), ours.parameters(), strict=True):
-        assert torch.equal(a, b.half().float())
-
-
-@pytest.mark.parametrize("kind", ["tokenizer.json", "merges.txt"])
-def test_generation_from_a_folder(tmp_path, capsys, kind):
-    pytest.importorskip("tokenizers")
-    ours, bpe = folder_of(tmp_path), tokenizer_of(tmp_path, kind)
-    for prompt, start in (("the lazy fox", bpe.encode("the lazy fox").ids), ("", [bpe.token_to_id(tokens.END_OF_TEXT)])):
-        assert run("generate", "gpt", "--checkpoint", tmp_path, "--prompt", prompt, "--tokens", 5, "--temperature", 0) == 0
-        ids = ours.generate(torch.tensor([start]), 5, temperature=0)[0]
-        assert capsys.readouterr().out == bpe.decode(ids[0 if prompt else 1 :].tolist(), skip_special_tokens=False) + "\n"
-
-
-def test_logits_are_those_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(vocab_size=300, n_positions=24, n_layer=3, n_head=4, n_embd=32)
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.mul_(5) if p.dim() == 2 else p.add_(0.1 * torch.randn_like(p))
-    theirs.save_pretrained(tmp_path)
-    idx = torch.randint(300, (2, 24))
-    with torch.no_grad():
-        expected, actual = theirs(idx).logits, gpt2.load(tmp_path)(idx)
-    assert expected.std() > 0.5
-    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)
-
-
-def test_tokens_are_those_of_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("tokenizers")
-    tokenizer_of(tmp_path, "merges.txt")
-    theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
-    for text in (LINE, " It's 42\u00a0degrees,  isn't it?\n\n", "\U0001f600 Å"):
-        assert tokens.BPE.read(tmp_path).encode(text).tolist() == theirs(text)["input_ids"]
-
-
-BAD_FOLDERS = {
-    "another-model": ({"model_type": "llama"}, "its model_type is llama, not gpt2"),
-    "another-activation": ({"activation_function": "relu"}, "activation_function is relu, minGPT has gelu_new"),
-    "another-width": ({"n_inner": 12}, "n_inner is 12, minGPT has 4 n_embd"),
-    "another-size": ({"n_layer": 3}, "the weights do not fit "),
-    "heads": ({"n_head": 3}, "n_embd must be a multiple of n_head, got 8 and 3"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), BAD_FOLDERS.values(), ids=BAD_FOLDERS)
-def test_bad_folders(tmp_path, capsys, changes, message):
-    pytest.importorskip("tokenizers")
-    folder_of(tmp_path, **changes)
-    tokenizer_of(tmp_path, "tokenizer.json")
-    assert run("generate", "gpt", "--checkpoint", tmp_path) == 2
-    assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
-
-
-def test_folders_with_files_missing_or_damaged(tmp_path, capsys):
-    pytest.importorskip("tokenizers")
-    folder_of(tmp_path)
-
-    def error():
-        assert run("generate", "gpt", "--checkpoint", tmp_path, "--tokens", 1) == 2
-        message = re.fullmatch("error: ([^\n]*)\n", capsys.readouterr().err)
-        return message[1]
-
-    assert error() == f"{tmp_path} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
-    (tmp_path / "tokenizer.json").write_text("{")
-    assert error().startswith(f"the tokenizer in {tmp_path} cannot be read: ")
-    tokenizer_of(tmp_path, "tokenizer.json")
-    (tmp_path / "model.safetensors").write_bytes(b"PK" * 9)
-    assert error().startswith(f"the weights in {tmp_path} cannot be read: ")
-    (tmp_path / "model.safetensors").unlink()
-    assert error() == f"{tmp_path} has no model.safetensors"
-    (tmp_path / "config.json").write_text("[]")
-    assert error() == f"{tmp_path / 'config.json'}: its model_type is None, not gpt2"
-    (tmp_path / "config.json").write_text("{")
-    assert error().startswith(f"cannot read {tmp_path / 'config.json'}: ")
-
-
 # adder
 
 
@@ -383,132 +251,6 @@ def test_the_adder_is_scored_by_what_it_generates(monkeypatch):
     wrong = (made.unseen.sum(1) % 10 == 7).double().mean().item()
     assert 0.05 < wrong < 0.2 and made.heldout(made.model, lambda t: t)["exact"] == pytest.approx(1 - wrong)
     assert answer(made.model, "9+44") == "9+44=53"
-
-
-# the encoder-decoder
-
-
-def test_words_back_to_front():
-    src, idx, targets = reverse.pairs(["abc", "z"], 4)
-    a = 3
-    assert src.tolist() == [[a, a + 1, a + 2, 0], [a + 25, 0, 0, 0]]
-    assert idx.tolist() == [[1, a + 2, a + 1, a, 0], [1, a + 25, 0, 0, 0]]
-    assert targets.tolist() == [[a + 2, a + 1, a, 2, -1], [a + 25, 2, -1, -1, -1]]
-    assert reverse.decode(torch.tensor([a + 2, a + 1, a, 2, 9])) == "cba"
-    unseen = reverse.heldout(6)
-    assert len(set(unseen)) == 500 and {len(w) for w in unseen} == {3, 4, 5, 6}
-    drawn = reverse.sample(6, 300, {"a", "b"}, torch.Generator().manual_seed(0))
-    assert {len(w) for w in drawn} == set(range(1, 7)) and not {"a", "b"} & set(drawn) and "c" in drawn
-
-
-def torch_layers(model):
-    """The same network from PyTorch's own layers, with the same weights."""
-    config = model.config
-    options = dict(dim_feedforward=4 * config.n_embd, dropout=0.0, batch_first=True, activation="relu")
-    encoder = [nn.TransformerEncoderLayer(config.n_embd, config.n_head, **options) for _ in model.encoder]
-    decoder = [nn.TransformerDecoderLayer(config.n_embd, config.n_head, **options) for _ in model.decoder]
-
-    def attention(theirs, ours):
-        theirs.in_proj_weight.copy_(torch.cat((ours.q.weight, ours.k.weight, ours.v.weight)))
-        theirs.in_proj_bias.copy_(torch.cat((ours.q.bias, ours.k.bias, ours.v.bias)))
-        theirs.out_proj.load_state_dict(ours.out.state_dict())
-
-    with torch.no_grad():
-        for theirs, ours in zip([*encoder, *decoder], [*model.encoder, *model.decoder], strict=True):
-            attention(theirs.self_attn, ours.self_attn)
-            theirs.linear1.load_state_dict(ours.ff[0].state_dict())
-            theirs.linear2.load_state_dict(ours.ff[2].state_dict())
-            for name, _ in ours.named_children():
-                if name.startswith("norm"):
-                    getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
-            if hasattr(ours, "cross_attn"):
-                attention(theirs.multihead_attn, ours.cross_attn)
-    return encoder, decoder
-
-
-def padded(longest=7, count=5):
-    words = reverse.sample(longest, count - 1, set(), torch.Generator().manual_seed(1))
-    return reverse.pairs(["q", *words], longest)
-
-
-def test_encoder_decoder_is_pytorchs():
-    model = scaled(Transformer(TransformerConfig(reverse.VOCAB, 2, 2, 16)), 1.0)
-    src, idx, _ = padded()
-    encoder, decoder = torch_layers(model)
-    memory, x = model._embed(src), model._embed(idx)
-    for layer in encoder:
-        memory = layer(memory, src_key_padding_mask=src == 0)
-    for layer in decoder:
-        causal = nn.Transformer.generate_square_subsequent_mask(idx.shape[1]) < 0
-        x = layer(x, memory, tgt_mask=causal, memory_key_padding_mask=src == 0)
-    assert (src == 0).any()
-    torch.testing.assert_close(model(src, idx), x @ model.embedding.weight.T, atol=2e-5, rtol=1e-5)
-
-
-def test_padding_changes_nothing():
-    model = scaled(Transformer(TransformerConfig(reverse.VOCAB, 2, 2, 16)).double(), 1.0)
-    src, idx, targets = padded()
-    with torch.no_grad():
-        longer = F.pad(src, (0, 3)), F.pad(idx, (0, 2)), F.pad(targets, (0, 2), value=-1)
-        assert (model(*longer[:2])[:, :-2] - model(src, idx)).abs().max() < 1e-12
-        assert model(*longer).item() == pytest.approx(model(src, idx, targets).item(), rel=1e-12)
-        changed = idx.clone()
-        changed[:, 4:] = 5
-        assert (model(src, changed)[:, :4] - model(src, idx)[:, :4]).abs().max() < 1e-12
-        assert (model(src.flip(0), idx) - model(src, idx)).abs().max() > 0.01  # the source is seen
-
-
-def test_positions():
-    p = transformer.positions(50, 8)
-    assert p.shape == (50, 8) and p[0].tolist() == [0, 1] * 4
-    assert p[7, 2].item() == pytest.approx(math.sin(7 / 10000 ** (2 / 8)))
-    assert p[7, 7].item() == pytest.approx(math.cos(7 / 10000 ** (6 / 8)))
-
-
-def words_of(generator):
-    return reverse.pairs(reverse.sample(6, 16, set(), generator), 6)
-
-
-def sums_of(generator):
-    return adder.parallel(*adder.encode(adder.sample(2, 16, adder.heldout(2), generator), 2))
-
-
-TRAINED = {
-    "bigram": (bigram, lambda: Bigram(BigramConfig(10)), sums_of),
-    "adder": (mingpt, lambda: GPT(GPTConfig(10, 6, 1, 2, 32)), sums_of),
-    "transformer": (transformer, lambda: Transformer(TransformerConfig(reverse.VOCAB, 1, 2, 32)), words_of),
-}
-
-
-@pytest.mark.parametrize(("module", "build", "batch"), TRAINED.values(), ids=TRAINED)
-def test_losses_of_the_first_50_steps_are_those_on_pytorchs_ops(module, build, batch, monkeypatch):
-    def losses():
-        torch.manual_seed(0)
-        model, generator, found = build(), torch.Generator().manual_seed(0), []
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-        for _ in range(50):
-            loss = model(*batch(generator))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return torch.tensor(found)
-
-    def sdpa(q, k, v, *, causal=False, key_mask=None):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=None if key_mask is None else key_mask[:, None, None])
-
-    ours = losses()
-    monkeypatch.setattr(module, "attention", sdpa, raising=False)
-    monkeypatch.setattr(module, "cross_entropy", F.cross_entropy)
-    torch.testing.assert_close(ours, losses(), atol=0, rtol=1e-4)
-    assert ours[-5:].mean() < 0.98 * ours[:5].mean()
-
-
-def test_bad_sizes_of_the_encoder_decoder():
-    with pytest.raises(ValueError, match="n_embd must be even and a multiple of n_head, got 15 and 8"):
-        TransformerConfig(n_embd=15)
-    with pytest.raises(ValueError, match="n_layer must be a positive int, got 0"):
-        TransformerConfig(n_layer=0)
 
 
 # the command line

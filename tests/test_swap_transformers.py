@@ -13,127 +13,35 @@ from torch import nn
 
 import minkernels
 from judge import assert_close
-from minkernels.swap import _hf_attention, _hf_losses, functional
+from minkernels.swap import _hf_attention
 from minkernels.swap import transformers as adapter
-
-transformers = pytest.importorskip("transformers")
-masking_utils = pytest.importorskip("transformers.masking_utils")
-V = 61  # words
-SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=V, pad_token_id=0)
-SMALL |= dict(bos_token_id=1, eos_token_id=2, max_position_embeddings=64)
-GQA = SMALL | dict(num_key_value_heads=2, head_dim=8)
-NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-WHISPER = dict(
-    vocab_size=V, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-    decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=16, max_target_positions=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None, dropout=0.0,
-)  # fmt: skip
-VIT = SMALL | dict(image_size=16, patch_size=4, num_labels=5)
-T5 = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=V, dropout_rate=0.0, decoder_start_token_id=0)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=V, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0)
-GPT2 |= dict(bos_token_id=1, eos_token_id=2)
-MODELS = {  # class, its config
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
-    "bert": ("BertForMaskedLM", "BertConfig", SMALL | NO_DROPOUT),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", GQA),
-    "mistral": ("MistralForCausalLM", "MistralConfig", GQA | dict(sliding_window=4)),
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GQA | dict(sliding_window=4, query_pre_attn_scalar=8, attn_logit_softcapping=0.5)),
-    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", GQA | dict(sliding_window=4, num_local_experts=2, num_experts_per_tok=1)),
-    "vit": ("ViTForImageClassification", "ViTConfig", VIT | NO_DROPOUT),
-    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
-    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
-}
-MODULES = {"bert": transformers.models.bert.modeling_bert, "t5": transformers.models.t5.modeling_t5}
-UNROUTED = {name for name, module in MODULES.items() if "ALL_ATTENTION_FUNCTIONS" not in vars(module)}  # older versions
-CAUSAL = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss"]
-B, T = 2, 11
-OLD = transformers.__version__.startswith("4.")
+from transformers_cases import (
+    CAUSAL,
+    GPT2,
+    MODELS,
+    NO_DROPOUT,
+    SMALL,
+    UNROUTED,
+    B,
+    T,
+    V,
+    eager,
+    exactly,
+    inputs_of,
+    make,
+    run,
+    swapped,
+    textbook,
+    transformers,
+)
 
 
-@functools.cache
-def _made(name):
-    kind, config, options = MODELS[name]
-    options = options | dict(experts_implementation="eager") if name == "gpt_oss" and not OLD else options  # grouped_mm has no fp64
-    torch.manual_seed(1)
-    model = getattr(transformers, kind)(getattr(transformers, config)(**options, attn_implementation="eager"))
-    with torch.no_grad():
-        for p in model.parameters():  # their own are so small that every score is near 0
-            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + (0.5 if p.dim() == 1 else 0.0))
-    return model.eval()
+PADDED = [(name, padded) for name in MODELS for padded in ([None] if name in ("vit", "whisper") else [None, "left", "right"])]
 
 
-def make(name, dtype=torch.float32):
-    return copy.deepcopy(_made(name)).to(dtype)
-
-
-def inputs_of(name, padded, dtype=torch.float32, length=T):
-    """(what the model is called with, valid: which of its logits' positions count)."""
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, V, (B, length), generator=generator)
-    mask = torch.ones(B, length, dtype=torch.int64)
-    if padded:
-        mask[0, slice(0, 3) if padded == "left" else slice(length - 3, length)] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)  # not foretold by a row that sees nothing
-    if name == "vit":
-        images = torch.randn(B, 3, 16, 16, generator=generator)
-        return dict(pixel_values=images.to(dtype), labels=torch.tensor([1, 3])), torch.ones(B, dtype=torch.bool)
-    given = dict(input_ids=ids * mask, attention_mask=mask, labels=labels)
-    if name == "t5":
-        return given | dict(labels=labels[:, :7].clamp(min=-100)), torch.ones(B, 7, dtype=torch.bool)
-    if name == "whisper":
-        sound = torch.randn(B, 8, 32, generator=generator)
-        return dict(input_features=sound.to(dtype), decoder_input_ids=ids[:, :7], labels=ids[:, :7]), torch.ones(B, 7, dtype=torch.bool)
-    return given, mask.bool()
-
-
-def run(model, given, valid):
-    """Logits at valid positions, and the gradients of the loss, in one vector."""
-    out = model(**given)
-    model.zero_grad()
-    out.loss.backward()
-    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-    return out.logits.detach()[valid], out.loss.detach(), torch.cat(grads)
-
-
-def eager(name, padded, dtype, **more):
-    given, valid = inputs_of(name, padded, dtype)
-    return run(make(name, dtype), given | more, valid)
-
-
-def textbook(module, q, k, v, mask, scaling=None, softcap=None, s_aux=None, position_bias=None, **_):
-    """The formula on a whole mask, for fp64: transformers' eager functions take their softmax in fp32, and there give NaN."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    s = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    s = s if softcap is None else softcap * (s / softcap).tanh()
-    s = s if position_bias is None else s + position_bias
-    s = s if mask is None else s.masked_fill(~mask, float("-inf"))
-    s = s if s_aux is None else torch.cat([s, s_aux[:, None, None].expand(len(s), -1, s.shape[2], 1)], -1)
-    return (s.softmax(-1).nan_to_num()[..., : k.shape[2]] @ v).transpose(1, 2).contiguous(), None
-
-
-def exactly(name, padded, **more):
-    given, valid = inputs_of(name, padded, torch.float64)
-    model = make(name, torch.float64)
-    transformers.AttentionInterface.register("textbook", textbook)
-    no_skips = dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    whole = lambda *args, **options: masking_utils.sdpa_mask(*args, **options | no_skips)  # noqa: E731
-    transformers.AttentionMaskInterface.register("textbook", whole)
-    if name not in UNROUTED:
-        model.set_attn_implementation("textbook")
-    try:
-        return run(model, given | more, valid)
-    finally:
-        for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
-            del interface._global_mapping["textbook"]
-
-
-@pytest.mark.parametrize("padded", [None, "left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, padded", PADDED, ids=str)
 def test_outputs_and_gradients(library, name, dtype, padded):
-    if padded and name in ("vit", "whisper"):
-        pytest.skip("has no padding")
     model = make(name, dtype)
     report = minkernels.swap(model)
     attended = [what for _, what, by in report.replaced if by == "attention"]
@@ -143,12 +51,6 @@ def test_outputs_and_gradients(library, name, dtype, padded):
     plain, exact = eager(name, padded, dtype), exactly(name, padded)
     for what, *three in zip(("logits", "loss", "gradients"), actual, plain, exact, strict=True):
         assert_close(*three, dtype, what)
-
-
-def swapped(name, dtype=torch.float32, **options):
-    model = make(name, dtype)
-    minkernels.swap(model, **options)
-    return model
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "whisper", "t5"])
@@ -433,247 +335,3 @@ def test_versions_outside_the_range(monkeypatch, version):
 def test_not_imported_without_transformers():
     code = "import sys, torch, minkernels; minkernels.swap(torch.nn.Linear(2, 2)); print(*(m for m in sys.modules if 'transformers' in m))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
-
-
-# ---- losses
-
-
-LABELS = torch.tensor([[5, -100, 7, 60, 0], [3, 3, -100, -100, 9]])
-LOSSES = {  # of the library: arguments after the logits (2, 5, V), and logits of two more kinds
-    "ForCausalLMLoss": dict(labels=LABELS, vocab_size=V),
-    "ForMaskedLMLoss": dict(labels=LABELS, vocab_size=V),
-    "ForTokenClassification": dict(labels=LABELS, config=transformers.BertConfig(num_labels=V)),
-}
-OPTIONS = {
-    "mean": {},
-    "items": dict(num_items_in_batch=torch.tensor(11)),
-    "items-int": dict(num_items_in_batch=11),
-    "ignore": dict(ignore_index=7),
-}
-
-
-def judged_loss(ours, theirs, logits, dtype, **given):
-    """Theirs upcasts the logits, so that it is exact but for fp32: in fp64 by the same formula."""
-    results = []
-    for function, kind in ((ours, dtype), (theirs, dtype), (ours, torch.float64)):
-        x = [t.to(dtype).to(kind).requires_grad_() for t in logits]
-        loss = function(*x, **given)
-        results.append((loss.detach(), *torch.autograd.grad(loss, x)))
-    for what, *three in zip(("loss", *"gradient" * len(logits)), *results, strict=False):
-        assert three[0].dtype == three[1].dtype
-        assert_close(*three, torch.float32 if what == "loss" else dtype, what)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("name", LOSSES)
-def test_losses(library, name, options, dtype):
-    given = LOSSES[name] | options
-    if options.get("ignore_index") == 7:
-        given["labels"] = LABELS.clamp(min=0)
-    ours, theirs = _hf_losses.fused()[name], getattr(transformers.loss.loss_utils, name)
-    judged_loss(ours, theirs, [torch.randn(2, 5, V)], dtype, **given)
-
-
-def test_causal_loss_of_shifted_labels(library):
-    theirs = transformers.loss.loss_utils.ForCausalLMLoss
-    given = dict(labels=None, vocab_size=V, shift_labels=LABELS)
-    judged_loss(_hf_losses.causal_lm, theirs, [torch.randn(2, 5, V)], torch.float32, **given)
-
-
-def test_question_answering_loss(library):
-    theirs = transformers.loss.loss_utils.ForQuestionAnsweringLoss
-    starts, ends = torch.tensor([[2], [9]]), torch.tensor([[4], [0]])  # 9 is outside
-    logits = [torch.randn(2, 5), torch.randn(2, 5)]
-    judged_loss(_hf_losses.question_answering, theirs, logits, torch.float32, start_positions=starts, end_positions=ends)
-    assert _hf_losses.question_answering(*logits, None, ends) is None
-
-
-@pytest.mark.parametrize("kind", ["single", "single-int32", "multi", "regression"])
-def test_sequence_classification_loss(library, kind):
-    config = transformers.BertConfig(num_labels=1 if kind == "regression" else 5)
-    labels = {"multi": torch.rand(2, 5), "regression": torch.rand(2)}.get(kind, torch.tensor([4, 1]))
-    if kind == "single-int32":
-        config.problem_type = "single_label_classification"
-    pooled = torch.randn(2, config.num_labels)
-    theirs = transformers.loss.loss_utils.ForSequenceClassificationLoss
-    torch.testing.assert_close(
-        _hf_losses.sequence_classification(labels, pooled, copy.deepcopy(config)), theirs(labels, pooled, config)
-    )
-    ours = copy.deepcopy(config)
-    ours.problem_type = None
-    _hf_losses.sequence_classification(labels, pooled, ours)
-    assert ours.problem_type == config.problem_type
-
-
-HEADS = {  # which call F.cross_entropy in their forward
-    "BertForPreTraining": dict(labels=LABELS, next_sentence_label=torch.tensor([0, 1])),
-    "BertForQuestionAnswering": dict(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 9])),
-    "BertForSequenceClassification": dict(labels=torch.tensor([1, 0])),
-    "BertForMultipleChoice": dict(labels=torch.tensor([0])),
-}
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_heads_with_a_loss_of_their_own(library, monkeypatch, head):
-    calls, own = [], functional.our_cross_entropy
-    monkeypatch.setattr(functional, "our_cross_entropy", lambda *args, **options: calls.append(args) or own(*args, **options))
-    model = getattr(transformers, head)(transformers.BertConfig(**SMALL | NO_DROPOUT)).eval()
-    ids = torch.randint(3, V, (2, 5))
-    given = dict(input_ids=ids[None] if head.endswith("Choice") else ids, **HEADS[head])
-    plain = model(**given).loss
-    report = minkernels.swap(model)
-    assert ("", f"F.cross_entropy in {head}", "cross_entropy") in report.replaced
-    torch.testing.assert_close(model(**given).loss, plain)
-    assert len(calls) == sum("label" in name or "positions" in name for name in given)
-    torch.testing.assert_close(copy.deepcopy(model)(**given).loss, plain)
-    assert model(given["input_ids"]).get("loss") is None
-
-
-CAUSAL_LMS = {  # those of _hf_losses.CAUSAL_LMS, and what their config has beside GQA's
-    "GPT2": None,
-    "Llama": {},
-    "Mistral": {},
-    "Qwen2": {},
-    "Qwen3": {},
-    "Gemma": {},
-    "Gemma2": dict(final_logit_softcapping=0.5),
-    "Phi": {},  # its lm_head has a bias
-    "Phi3": {},
-    "Olmo2": {},
-    "SmolLM3": {},
-    "Starcoder2": {},
-}
-
-
-def test_every_causal_language_model_is_tested():
-    assert {f"{name}ForCausalLM" for name in CAUSAL_LMS} - {"GPT2ForCausalLM"} | {"GPT2LMHeadModel"} == _hf_losses.CAUSAL_LMS
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CAUSAL_LMS)
-def test_linear_cross_entropy(library, name, dtype):
-    options = GPT2 if name == "GPT2" else GQA | CAUSAL_LMS[name]
-    torch.manual_seed(0)
-    plain = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(
-        getattr(transformers, f"{name}Config")(**options, attn_implementation="eager")
-    )
-    with torch.no_grad():
-        for p in plain.parameters():
-            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + (0.5 if p.dim() == 1 else 0.0))
-    plain = plain.to(dtype).eval()
-    ours, given = copy.deepcopy(plain), inputs_of("llama", "right")[0]
-    report = minkernels.swap(ours, linear_cross_entropy=True, strict=True)
-    assert "linear_cross_entropy" in [by for *_, by in report.replaced]
-    results = []
-    for model in (ours, plain, copy.deepcopy(plain).double()):
-        out = model(**given, num_items_in_batch=torch.tensor(17))
-        out.loss.backward()
-        results.append((out.loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-        assert (out.logits is None) == (model is ours) and out.past_key_values is not None
-        assert type(out) is type(plain(**given))
-    for what, *three in zip(("loss", "gradients"), *results, strict=True):
-        assert_close(*three, dtype, what)
-    assert ours(given["input_ids"]).logits.shape == (B, T, V)
-    ids = given["input_ids"][:, :5]
-    assert torch.equal(*(model.generate(ids, max_new_tokens=4, do_sample=False) for model in (ours, plain)))
-
-
-def test_linear_cross_entropy_other_calls(library):
-    model, given = swapped("gpt2", linear_cross_entropy=True), inputs_of("gpt2", None)[0]
-    loss = model(**given).loss
-    torch.testing.assert_close(loss, make("gpt2")(**given).loss)
-    torch.testing.assert_close(model(**given, return_dict=False)[0], loss)
-    torch.testing.assert_close(model(given["input_ids"], **{k: x for k, x in given.items() if k != "input_ids"}).loss, loss)
-    shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:]
-    torch.testing.assert_close(model(**given, shift_labels=shifted).loss, loss)
-    kept = model(**given | dict(labels=given["labels"][:, -4:]), logits_to_keep=4)
-    assert kept.logits.shape == (B, 4, V)
-    with model.lm_head.register_forward_hook(lambda *_: None), pytest.MonkeyPatch.context():
-        assert model(**given).logits is not None
-    assert "hidden_states" in model(**given, output_hidden_states=True)
-
-
-@pytest.mark.parametrize("why", ["architecture", "head", "loss", "forward"])
-def test_no_linear_cross_entropy(why):
-    model = make("gpt_oss" if why == "architecture" else "gpt2")
-    if why == "head":
-        model.lm_head.register_forward_hook(lambda *_: None)
-    if why == "loss":
-        model.loss_function = len
-    if why == "forward":
-        model.forward = functools.partial(type(model).forward, model)
-    report = minkernels.swap(model, linear_cross_entropy=True)
-    assert any("logits" in what for _, what, _ in report.left)
-    assert ("loss" in why) or "cross_entropy" in [by for *_, by in report.replaced]
-    assert ("forward" in vars(model)) == (why == "forward")
-
-
-# ---- torch.compile and torch.export
-
-
-class Counter:
-    """A backend that runs the graph as it is, and counts how often it was asked to compile one."""
-
-    def __init__(self):
-        self.graphs = 0
-
-    def __call__(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
-
-
-@pytest.mark.parametrize("name, linear", [("gpt2", False), ("gpt2", True), ("bert", False), ("mistral", False)])
-def test_compile_without_a_graph_for_each_length(library, name, linear):
-    torch._dynamo.reset()
-    counter, model = Counter(), swapped(name, linear_cross_entropy=linear)
-    call = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    graphs = []
-    for length, padded in ((8, None), (11, "left"), (13, "right"), (9, None), (21, "left")):
-        given, valid = inputs_of(name, padded, length=length)
-        out, plain = call(**given), make(name)(**given)
-        torch.testing.assert_close(out.loss, plain.loss)
-        if not linear:
-            torch.testing.assert_close(out.logits[valid], plain.logits[valid], atol=1e-4, rtol=1e-4)
-        graphs.append(counter.graphs)
-    assert graphs[-1] == graphs[1] <= 2, graphs  # one more where torch finds that a size it took for fixed is not
-
-
-def test_compiled_head_with_a_loss_of_its_own(library):
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model = transformers.BertForPreTraining(transformers.BertConfig(**SMALL | NO_DROPOUT | dict(num_hidden_layers=1))).eval()
-    given = dict(input_ids=torch.randint(3, V, (2, 5)), **HEADS["BertForPreTraining"])
-    plain = model(**given).loss
-    minkernels.swap(model)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=Counter())(**given).loss, plain)
-
-
-def test_compiled_gradients(library):
-    torch._dynamo.reset()
-    given, valid = inputs_of("gpt2", "left")
-    results = []
-    for model in (swapped("gpt2"), make("gpt2")):
-        del model.transformer.h[1:]  # half the time
-        results.append(run(model, given, valid))
-    model = swapped("gpt2")
-    del model.transformer.h[1:]
-    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
-    for ours, theirs, compiled in zip(*results, run(model, given, valid), strict=True):
-        torch.testing.assert_close(compiled, ours)
-        torch.testing.assert_close(compiled, theirs, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
-def test_export(library, name):
-    if name in UNROUTED:
-        pytest.skip("not swapped in this version")
-    model, (given, _) = swapped(name), inputs_of(name, "left")
-    given = {k: given[k] for k in ("input_ids", "attention_mask")} | ({"use_cache": False} if name == "gpt2" else {})
-    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=64)
-    shapes = {k: {0: batch, 1: length} if isinstance(x, torch.Tensor) else None for k, x in given.items()}
-    program = torch.export.export(model, (), given, dynamic_shapes=shapes)
-    assert "minkernels.attention_fwd" in str(program.graph)
-    longer, valid = inputs_of(name, "right", length=17)
-    call = given | {k: longer[k] for k in ("input_ids", "attention_mask")}
-    torch.testing.assert_close(program.module()(**call).logits[valid], make(name)(**call).logits[valid], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,250 @@
+"""swap on Hugging Face transformers: losses, torch.compile, torch.export."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import minkernels
+from judge import assert_close
+from minkernels.swap import _hf_losses, functional
+from transformers_cases import GPT2, GQA, NO_DROPOUT, SMALL, UNROUTED, B, T, V, inputs_of, make, run, swapped, transformers
+
+LABELS = torch.tensor([[5, -100, 7, 60, 0], [3, 3, -100, -100, 9]])
+LOSSES = {  # of the library: arguments after the logits (2, 5, V), and logits of two more kinds
+    "ForCausalLMLoss": dict(labels=LABELS, vocab_size=V),
+    "ForMaskedLMLoss": dict(labels=LABELS, vocab_size=V),
+    "ForTokenClassification": dict(labels=LABELS, config=transformers.BertConfig(num_labels=V)),
+}
+OPTIONS = {
+    "mean": {},
+    "items": dict(num_items_in_batch=torch.tensor(11)),
+    "items-int": dict(num_items_in_batch=11),
+    "ignore": dict(ignore_index=7),
+}
+
+
+def judged_loss(ours, theirs, logits, dtype, **given):
+    """Theirs upcasts the logits, so that it is exact but for fp32: in fp64 by the same formula."""
+    results = []
+    for function, kind in ((ours, dtype), (theirs, dtype), (ours, torch.float64)):
+        x = [t.to(dtype).to(kind).requires_grad_() for t in logits]
+        loss = function(*x, **given)
+        results.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    for what, *three in zip(("loss", *"gradient" * len(logits)), *results, strict=False):
+        assert three[0].dtype == three[1].dtype
+        assert_close(*three, torch.float32 if what == "loss" else dtype, what)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(library, name, options, dtype):
+    given = LOSSES[name] | options
+    if options.get("ignore_index") == 7:
+        given["labels"] = LABELS.clamp(min=0)
+    ours, theirs = _hf_losses.fused()[name], getattr(transformers.loss.loss_utils, name)
+    judged_loss(ours, theirs, [torch.randn(2, 5, V)], dtype, **given)
+
+
+def test_causal_loss_of_shifted_labels(library):
+    theirs = transformers.loss.loss_utils.ForCausalLMLoss
+    given = dict(labels=None, vocab_size=V, shift_labels=LABELS)
+    judged_loss(_hf_losses.causal_lm, theirs, [torch.randn(2, 5, V)], torch.float32, **given)
+
+
+def test_question_answering_loss(library):
+    theirs = transformers.loss.loss_utils.ForQuestionAnsweringLoss
+    starts, ends = torch.tensor([[2], [9]]), torch.tensor([[4], [0]])  # 9 is outside
+    logits = [torch.randn(2, 5), torch.randn(2, 5)]
+    judged_loss(_hf_losses.question_answering, theirs, logits, torch.float32, start_positions=starts, end_positions=ends)
+    assert _hf_losses.question_answering(*logits, None, ends) is None
+
+
+@pytest.mark.parametrize("kind", ["single", "single-int32", "multi", "regression"])
+def test_sequence_classification_loss(library, kind):
+    config = transformers.BertConfig(num_labels=1 if kind == "regression" else 5)
+    labels = {"multi": torch.rand(2, 5), "regression": torch.rand(2)}.get(kind, torch.tensor([4, 1]))
+    if kind == "single-int32":
+        config.problem_type = "single_label_classification"
+    pooled = torch.randn(2, config.num_labels)
+    theirs = transformers.loss.loss_utils.ForSequenceClassificationLoss
+    torch.testing.assert_close(_hf_losses.sequence_classification(labels, pooled, copy.deepcopy(config)), theirs(labels, pooled, config))
+    ours = copy.deepcopy(config)
+    ours.problem_type = None
+    _hf_losses.sequence_classification(labels, pooled, ours)
+    assert ours.problem_type == config.problem_type
+
+
+HEADS = {  # which call F.cross_entropy in their forward
+    "BertForPreTraining": dict(labels=LABELS, next_sentence_label=torch.tensor([0, 1])),
+    "BertForQuestionAnswering": dict(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 9])),
+    "BertForSequenceClassification": dict(labels=torch.tensor([1, 0])),
+    "BertForMultipleChoice": dict(labels=torch.tensor([0])),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_with_a_loss_of_their_own(library, monkeypatch, head):
+    calls, own = [], functional.our_cross_entropy
+    monkeypatch.setattr(functional, "our_cross_entropy", lambda *args, **options: calls.append(args) or own(*args, **options))
+    model = getattr(transformers, head)(transformers.BertConfig(**SMALL | NO_DROPOUT)).eval()
+    ids = torch.randint(3, V, (2, 5))
+    given = dict(input_ids=ids[None] if head.endswith("Choice") else ids, **HEADS[head])
+    plain = model(**given).loss
+    report = minkernels.swap(model)
+    assert ("", f"F.cross_entropy in {head}", "cross_entropy") in report.replaced
+    torch.testing.assert_close(model(**given).loss, plain)
+    assert len(calls) == sum("label" in name or "positions" in name for name in given)
+    torch.testing.assert_close(copy.deepcopy(model)(**given).loss, plain)
+    assert model(given["input_ids"]).get("loss") is None
+
+
+CAUSAL_LMS = {  # those of _hf_losses.CAUSAL_LMS, and what their config has beside GQA's
+    "GPT2": None,
+    "Llama": {},
+    "Mistral": {},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma": {},
+    "Gemma2": dict(final_logit_softcapping=0.5),
+    "Phi": {},  # its lm_head has a bias
+    "Phi3": {},
+    "Olmo2": {},
+    "SmolLM3": {},
+    "Starcoder2": {},
+}
+
+
+def test_every_causal_language_model_is_tested():
+    assert {f"{name}ForCausalLM" for name in CAUSAL_LMS} - {"GPT2ForCausalLM"} | {"GPT2LMHeadModel"} == _hf_losses.CAUSAL_LMS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CAUSAL_LMS)
+def test_linear_cross_entropy(library, name, dtype):
+    options = GPT2 if name == "GPT2" else GQA | CAUSAL_LMS[name]
+    torch.manual_seed(0)
+    plain = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(
+        getattr(transformers, f"{name}Config")(**options, attn_implementation="eager")
+    )
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.1) + (0.5 if p.dim() == 1 else 0.0))
+    plain = plain.to(dtype).eval()
+    ours, given = copy.deepcopy(plain), inputs_of("llama", "right")[0]
+    report = minkernels.swap(ours, linear_cross_entropy=True, strict=True)
+    assert "linear_cross_entropy" in [by for *_, by in report.replaced]
+    results = []
+    for model in (ours, plain, copy.deepcopy(plain).double()):
+        out = model(**given, num_items_in_batch=torch.tensor(17))
+        out.loss.backward()
+        results.append((out.loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        assert (out.logits is None) == (model is ours) and out.past_key_values is not None
+        assert type(out) is type(plain(**given))
+    for what, *three in zip(("loss", "gradients"), *results, strict=True):
+        assert_close(*three, dtype, what)
+    assert ours(given["input_ids"]).logits.shape == (B, T, V)
+    ids = given["input_ids"][:, :5]
+    assert torch.equal(*(model.generate(ids, max_new_tokens=4, do_sample=False) for model in (ours, plain)))
+
+
+def test_linear_cross_entropy_other_calls(library):
+    model, given = swapped("gpt2", linear_cross_entropy=True), inputs_of("gpt2", None)[0]
+    loss = model(**given).loss
+    torch.testing.assert_close(loss, make("gpt2")(**given).loss)
+    torch.testing.assert_close(model(**given, return_dict=False)[0], loss)
+    torch.testing.assert_close(model(given["input_ids"], **{k: x for k, x in given.items() if k != "input_ids"}).loss, loss)
+    shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:]
+    torch.testing.assert_close(model(**given, shift_labels=shifted).loss, loss)
+    kept = model(**given | dict(labels=given["labels"][:, -4:]), logits_to_keep=4)
+    assert kept.logits.shape == (B, 4, V)
+    with model.lm_head.register_forward_hook(lambda *_: None), pytest.MonkeyPatch.context():
+        assert model(**given).logits is not None
+    assert "hidden_states" in model(**given, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("why", ["architecture", "head", "loss", "forward"])
+def test_no_linear_cross_entropy(why):
+    model = make("gpt_oss" if why == "architecture" else "gpt2")
+    if why == "head":
+        model.lm_head.register_forward_hook(lambda *_: None)
+    if why == "loss":
+        model.loss_function = len
+    if why == "forward":
+        model.forward = functools.partial(type(model).forward, model)
+    report = minkernels.swap(model, linear_cross_entropy=True)
+    assert any("logits" in what for _, what, _ in report.left)
+    assert ("loss" in why) or "cross_entropy" in [by for *_, by in report.replaced]
+    assert ("forward" in vars(model)) == (why == "forward")
+
+
+# ---- torch.compile and torch.export
+
+
+class Counter:
+    """A backend that runs the graph as it is, and counts how often it was asked to compile one."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("name, linear", [("gpt2", False), ("gpt2", True), ("bert", False), ("mistral", False)])
+def test_compile_without_a_graph_for_each_length(library, name, linear):
+    torch._dynamo.reset()
+    counter, model = Counter(), swapped(name, linear_cross_entropy=linear)
+    call = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    graphs = []
+    for length, padded in ((8, None), (11, "left"), (13, "right"), (9, None), (21, "left")):
+        given, valid = inputs_of(name, padded, length=length)
+        out, plain = call(**given), make(name)(**given)
+        torch.testing.assert_close(out.loss, plain.loss)
+        if not linear:
+            torch.testing.assert_close(out.logits[valid], plain.logits[valid], atol=1e-4, rtol=1e-4)
+        graphs.append(counter.graphs)
+    assert graphs[-1] == graphs[1] <= 2, graphs  # one more where torch finds that a size it took for fixed is not
+
+
+def test_compiled_head_with_a_loss_of_its_own(library):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(transformers.BertConfig(**SMALL | NO_DROPOUT | dict(num_hidden_layers=1))).eval()
+    given = dict(input_ids=torch.randint(3, V, (2, 5)), **HEADS["BertForPreTraining"])
+    plain = model(**given).loss
+    minkernels.swap(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=Counter())(**given).loss, plain)
+
+
+def test_compiled_gradients(library):
+    torch._dynamo.reset()
+    given, valid = inputs_of("gpt2", "left")
+    results = []
+    for model in (swapped("gpt2"), make("gpt2")):
+        del model.transformer.h[1:]  # half the time
+        results.append(run(model, given, valid))
+    model = swapped("gpt2")
+    del model.transformer.h[1:]
+    model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ours, theirs, compiled in zip(*results, run(model, given, valid), strict=True):
+        torch.testing.assert_close(compiled, ours)
+        torch.testing.assert_close(compiled, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_export(library, name):
+    if name in UNROUTED:
+        pytest.skip("not swapped in this version")
+    model, (given, _) = swapped(name), inputs_of(name, "left")
+    given = {k: given[k] for k in ("input_ids", "attention_mask")} | ({"use_cache": False} if name == "gpt2" else {})
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=64)
+    shapes = {k: {0: batch, 1: length} if isinstance(x, torch.Tensor) else None for k, x in given.items()}
+    program = torch.export.export(model, (), given, dynamic_shapes=shapes)
+    assert "minkernels.attention_fwd" in str(program.graph)
+    longer, valid = inputs_of(name, "right", length=17)
+    call = given | {k: longer[k] for k in ("input_ids", "attention_mask")}
+    torch.testing.assert_close(program.module()(**call).logits[valid], make(name)(**call).logits[valid], atol=1e-4, rtol=1e-4)

@@ -35,7 +35,6 @@ from transformers_cases import (
     transformers,
 )
 
-
 PADDED = [(name, padded) for name in MODELS for padded in ([None] if name in ("vit", "whisper") else [None, "left", "right"])]
 
 

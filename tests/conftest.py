@@ -1,6 +1,5 @@
 """Fixtures: the device, the instruction-set levels of the C++ kernels, a fixed seed. No environment variable is set for good."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 from minkernels import _build, _library
 
-os.environ.pop("PYTEST_XDIST_WORKER", None)  # the benches that tests start are no workers: pytest-benchmark would switch itself off
 LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]  # csrc/ops/cpu/levels.h, worst first
 
 

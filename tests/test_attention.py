@@ -209,16 +209,20 @@ def test_dropout_draws_from_torchs_generator(library):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("keys", [20, 70, 200])
+@pytest.mark.parametrize("by, keys, D", [*(("key_mask", n, 24) for n in (20, 70, 200)), *(("kv_lens", n, 64) for n in (96, 200))])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hidden_keys_reach_nothing(bad, keys, dtype, library):
-    (q, k, v), key_mask = make(2, 4, 2, keys - 10, keys, 24, 24, dtype), holes(2, keys)
-    key_mask[0, :3] = False
+def test_hidden_keys_reach_nothing(bad, by, keys, D, dtype, library):
+    """kv_lens: keys of a whole number of registers are read where they lie, and the bad ones lie next."""
+    q, k, v = make(2, 4, 2, keys - 10, keys, D, D, dtype)
+    lens = torch.tensor([keys - 16, 0])
+    key_mask = holes(2, keys) if by == "key_mask" else torch.arange(keys) < lens[:, None]
+    key_mask[0, :3] = by == "kv_lens"
+    hides = {"key_mask": key_mask} if by == "key_mask" else {"kv_lens": lens}
     runs = []
     for planted in (0.0, bad):
         k_, v_ = (t.masked_fill(~key_mask[:, None, :, None], planted).requires_grad_() for t in (k, v))
         q_ = q.clone().requires_grad_()
-        o = attention(q_, k_, v_, key_mask=key_mask, causal=True)
+        o = attention(q_, k_, v_, **hides, causal=True)
         runs.append((o, *torch.autograd.grad(o.sum(), (q_, k_, v_))))
     assert all(torch.equal(x, y) and x.isfinite().all() for x, y in zip(*runs, strict=True))
     assert (runs[1][2].masked_select(~key_mask[:, None, :, None]) == 0).all()  # dk

@@ -14,8 +14,16 @@ QUICK = ["--tiny", "--compile=none", "--device=cpu", "--benchmark-min-rounds=4",
 PYTHON = sys.executable
 
 
+WORKER = "PYTEST_XDIST_WORKER"  # a bench that inherits it does nothing: pytest-benchmark takes itself for a worker
+
+
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    monkeypatch.delenv(WORKER, raising=False)
+
+
 def run_bench(*args):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != WORKER} | {"OMP_NUM_THREADS": "1"}
     command = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *args, *QUICK]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -5,6 +5,8 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from cross_entropy_cases import OPTIONS, REDUCTIONS, grad_of, grads_of, lay_out, make
@@ -80,6 +82,19 @@ def test_compile_options(backend, library):
         ours, theirs = (grads_of(lambda x, p: f(x, p, target), (x, probs), torch.ones(())) for f in (compiled, step))  # noqa: B023
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_a_backward_may_be_traced(library):
+    """No value of an upstream gradient is asked for where there is none."""
+
+    def step(x, target):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(cross_entropy(x, target), x)[0]
+
+    x, target = make(6, 11)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert step(mode.from_tensor(x), mode.from_tensor(target)).shape == x.shape
+    torch.testing.assert_close(make_fx(step)(x, target)(x * 2, target), step(x * 2, target))
 
 
 def test_export(library):

@@ -6,6 +6,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
 INF = tl.constexpr(float("inf"))
+EXACT = dict(enable_fp_fusion=False)  # of a launch whose results have the bits of the CPU's
 FUSED = dict(enable_fp_fusion=True)  # of a launch whose last bits nobody compares; left unsaid it changes with Triton 3.10
 
 

@@ -115,12 +115,14 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   }
 }
 
+static bool may_stream(const Attention& a) { return a.longest * (a.H / a.Hkv) <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1; }
+
 template <class T>
 static void forward_plan(Attention& a) {
   using W = word_t<T>;
   Sizes<T> z(a);
-  int64_t group = a.H / a.Hkv, heads = a.fold ? a.Hkv : a.H;
-  a.stream = a.longest * group <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1;
+  int64_t heads = a.fold ? a.Hkv : a.H;
+  a.stream = may_stream(a);
   if (a.block_count * heads < SPLIT_TASKS)
     a.splits = min((SPLIT_TASKS + a.block_count * heads - 1) / max(1, a.block_count * heads), a.N / SPLIT_KEYS);
   if (a.splits < 1) a.splits = 1;
@@ -346,7 +348,7 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
 template <class T>
 constexpr AttentionKernels both_ways[2][2] = {
     {{QUERIES, 0, nullptr, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
-     {0, 0, whole_forward, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
+     {0, 0, whole_forward<T>, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
     {{BWD_QUERIES, BWD_KEYS, nullptr, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr},
      {0, 0, whole_backward<T>, whole_backward_plan<T>, nullptr, whole_backward_task<T>, nullptr}}};
 static const AttentionKernels (*attention_kernels(Dtype dtype))[2] {  // [forward, backward][packed, whole]

@@ -289,7 +289,7 @@ static double plain_positions(const Softmax& a, int64_t b, int64_t first, int64_
     }
   }
 #if LEVEL_BYTES >= 32
-  _mm_sfence();  // else other threads might not see yet what went around the cache
+  if (a.stream) _mm_sfence();  // else other threads might not see yet what went around the cache
 #endif
   return sum;
 }

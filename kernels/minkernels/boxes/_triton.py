@@ -6,11 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import FUSED
+from minkernels._triton_math import EXACT, FUSED
 from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
 from minkernels.boxes._triton_math import corners, derivative, to_format, value
 
-EXACT = dict(enable_fp_fusion=False)  # the IoU must come out alike on every backend
 LOSS_BLOCK = 256
 PROGRAMS = 1024  # of a launch whose sums are split into parts: several for each multiprocessor
 

@@ -125,10 +125,10 @@ def token_logprobs(
         results = apply(_TokenLogprobs, rows, flat, *x) if needs_grad(rows) else _token_logprobs(rows, flat, *x)
     except IndexError as error:
         raise in_place(error, target) from None
-    return told(results, target, return_lse)
+    return in_shape(results, target, return_lse)
 
 
-def told(results, target, return_lse) -> TokenLogprobs | tuple[TokenLogprobs, Tensor]:
+def in_shape(results, target, return_lse) -> TokenLogprobs | tuple[TokenLogprobs, Tensor]:
     logprob, entropy, lse, argmax = (t.reshape(target.shape) for t in results[:4])
     return (TokenLogprobs(logprob, entropy, argmax), lse) if return_lse else TokenLogprobs(logprob, entropy, argmax)
 
@@ -299,6 +299,13 @@ scale_ = define(
 )
 
 
+def scale(grad: Tensor, dloss: Tensor):
+    """grad *= dloss, in place. That dloss is 1 is seen here if it may be: to call an operator takes longer than a small loss."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    if not (type(dloss) is Tensor and dloss.is_cpu and not traced and dloss.item() == 1):
+        scale_(grad, dloss)
+
+
 class _CrossEntropy(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -322,8 +329,7 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 11
         dtarget, (grad, ctx.grad) = None, (ctx.grad, None)  # handed out once: a later backward recomputes, and changes nothing given before
         if grad is not None:
-            if not (dloss.is_cpu and dloss.item() == 1):  # the operator would do nothing, and on a CPU it costs nothing to see that
-                scale_(grad, dloss)
+            scale(grad, dloss)
         else:
             input, target, weight, stats = ctx.saved_tensors
             *x, reduction, empty_zero = ctx.options

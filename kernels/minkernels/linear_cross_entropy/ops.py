@@ -15,12 +15,12 @@ from minkernels.cross_entropy.ops import (
     check_weight,
     grad_early,
     in_place,
+    in_shape,
     logprob_coefficients,
     logprobs_of,
     options,
     parallel,
-    scale_,
-    told,
+    scale,
     world_size,
 )  # fmt: skip
 from minkernels.linear_cross_entropy import reference
@@ -116,7 +116,7 @@ def linear_token_logprobs(
         results = apply(_LinearTokenLogprobs, *args) if needs_grad(*args[:4]) else _logprobs(*args)
     except IndexError as error:
         raise in_place(error, target) from None
-    return told(results, target, return_lse)
+    return in_shape(results, target, return_lse)
 
 
 def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
@@ -276,7 +276,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             ctx.grads, (dinput, dweight, dbias) = None, early
             for grad in early:
                 if grad is not None:
-                    scale_(grad if grad.dim() == 2 else grad.view(len(grad), -1), dloss)
+                    scale(grad if grad.dim() == 2 else grad.view(len(grad), -1), dloss)
         else:
             *tensors, stats = ctx.saved_tensors
             _, linear_weight, target, _, weight = tensors

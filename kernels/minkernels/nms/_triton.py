@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_math import EXACT
 from minkernels.nms._common import CUT, FILTERED, KEPT, new_outputs, round_down
 
 TILE = 512  # boxes
 ROWS = 16  # of a tile that are held against the others at a time
 COLUMNS = 256  # later boxes that a program holds against the kept ones of a tile
-EXACT = dict(enable_fp_fusion=False)  # with div_rn: the IoU that decides has the bits of the CPU's
 
 UNDECIDED, DROPPED, STAYS = tl.constexpr(CUT), tl.constexpr(FILTERED), tl.constexpr(KEPT)  # State, where it is no rank
 NO_RANK = tl.constexpr(2**31 - 1)

@@ -10,10 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import FUSED
+from minkernels._triton_math import FUSED, LOG2E
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
-LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 is one instruction
 BLOCK = 1024  # elements of a program
 ASSERT = dict(debug=True, sanitize_overflow=False)  # keeps the device asserts, and adds no other
 

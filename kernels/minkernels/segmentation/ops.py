@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minkernels._checks import FLOATS, check_floats, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable
-from minkernels.cross_entropy.ops import grad_early, scale_
+from minkernels.cross_entropy.ops import grad_early, scale
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
@@ -260,7 +260,7 @@ class _SigmoidLoss(torch.autograd.Function):
         if grad is None:
             grad = _sigmoid_loss_bwd(dloss, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
         else:
-            scale_(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
+            scale(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
         return grad, *(None,) * 8
 
 

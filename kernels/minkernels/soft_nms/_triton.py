@@ -5,12 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import INF, LOG2E, registers
+from minkernels._triton_math import EXACT, INF, LOG2E, registers
 from minkernels.soft_nms._options import arithmetic, below, outputs
 
 BLOCK = 2048  # boxes that one step of Soft-NMS looks at together, at most
 ROWS, COLUMNS = 16, 128  # boxes above, and boxes, of a tile of Matrix NMS
-EXACT = dict(enable_fp_fusion=False)  # every operation rounds, as in reference.py
 
 
 def soft_nms(boxes, scores, class_ids, method, iou_threshold, sigma, min_score, max_output):

@@ -23,26 +23,27 @@ def scaled_dot_product_attention(
 ) -> Tensor | None:
     if not (type(query) is type(key) is type(value) is Tensor or _plain(query, key, value)) or not _ours(query) or query.is_nested:
         return None
-    shape, keys, values = query.shape, key.shape, value.shape
-    if len(shape) != 4:
+    if query.dim() != 4:
         return _of_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if not (1 <= shape[3] <= MAX_HEAD_DIM and 0.0 <= dropout_p < 1.0 and (keys == shape or _keys_fit(shape, keys, enable_gqa))):
-        return None
-    if values != keys and not (values[:-1] == keys[:-1] and 1 <= values[-1] <= MAX_HEAD_DIM):
-        return None
-    if key.dtype != query.dtype or value.dtype != query.dtype:
+    dtype = query.dtype
+    if key.dtype != dtype or value.dtype != dtype:
         query, key, value = _autocast(query, key, value)
     causal = "top-left" if is_causal else False
-    if attn_mask is None:
-        return attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
-    dtype = attn_mask.dtype
-    if is_causal or not _mask_fits(attn_mask, shape, keys[2]) or not (type(attn_mask) is Tensor or _plain(attn_mask)):
-        return None
-    if dtype == torch.bool:
-        return attention(query, key, value, mask=attn_mask, scale=scale, dropout_p=dropout_p)
-    if dtype != query.dtype and dtype != torch.float32:
-        return None
-    return attention(query, key, value, bias=attn_mask, scale=scale, dropout_p=dropout_p)
+    try:  # sizes are looked at once, there
+        if not (enable_gqa or query.shape[1] == key.shape[1]):
+            return None
+        if attn_mask is None:
+            return attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
+        if causal or not (type(attn_mask) is Tensor or _plain(attn_mask)):
+            return None
+        given = attn_mask.dtype
+        if given == torch.bool:
+            return attention(query, key, value, mask=attn_mask, scale=scale, dropout_p=dropout_p)
+        if given == query.dtype or given == torch.float32:
+            return attention(query, key, value, bias=attn_mask, scale=scale, dropout_p=dropout_p)
+    except (TypeError, ValueError, IndexError):
+        pass
+    return None
 
 
 def multi_head_attention_forward(query, key, value, *args, **options) -> tuple[Tensor, None] | None:

@@ -60,6 +60,7 @@ def calls() -> list[Call]:
         Call("F.scaled_dot_product_attention-mask", lambda q, m: attention(q, q, q, mask=m), lambda q, m: sdpa(q, q, q, m), (q, mask)),
         Call("F.cross_entropy", cross_entropy, F.cross_entropy, (x, labels)),
         Call("F.binary_cross_entropy_with_logits", bce_with_logits, F.binary_cross_entropy_with_logits, (x, y)),
+        Call("any-other-function", torch.neg, torch.neg, (q,)),
         Call("module-with-sdpa", ours_one, lambda m, q: m(q), (q,), one),
         Call("nn.CrossEntropyLoss", ours_loss, lambda m, *args: m(*args), (x, labels), loss),
         Call("nn.MultiheadAttention", ours_mha, lambda m, x: m(x, x, x, need_weights=False)[0], (torch.randn(1, 1, 8),), mha),

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
+from torch.utils.checkpoint import checkpoint
 
 import minkernels
 from minkernels import SwapReport, swap, swapped, unswap
@@ -183,6 +184,70 @@ def test_swapped_before_stays():
     assert len(unswap(model)) == 7
 
 
+def test_only_what_the_scope_swapped_is_taken_back():
+    model = Model()
+    swap(model.encoder)
+    with swapped(model) as report:
+        assert (len(report.replaced), len(report.already)) == (2, 5)
+    assert len(unswap(model)) == 5 and not unswap(model)
+
+
+def test_what_was_set_since_stays():
+    model = Attention()
+    swap(model)
+    model.forward = around = functools.partial(lambda inner, x: inner(x) + 1, model.forward)
+    unswap(model)
+    assert model.forward is around
+    with torch.no_grad():
+        assert ours(model, torch.randn(2, 5, 32))[1] == ["attention_fwd"]  # it still calls ours
+
+
+class Generated(nn.Module):
+    def forward(self, x):
+        return F.binary_cross_entropy_with_logits(x, torch.ones_like(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_modules_whose_forward_was_generated():
+    script, graph = torch.jit.script(nn.Linear(3, 3)), torch.fx.symbolic_trace(Generated())
+    model = nn.ModuleDict({"script": script, "graph": graph, "plain": Generated()})
+    assert [r.where for r in swap(model).replaced] == ["graph", "plain"]
+    x = torch.randn(4, 3)
+    for name in ("graph", "plain"):
+        loss, names = ours(model[name], x)
+        assert names == ["sigmoid_loss_fwd"]
+        torch.testing.assert_close(loss, Generated()(x))
+
+
+class Checkpointed(Attention):
+    def forward(self, x):
+        return self.proj(checkpoint(self.heads_of, x, use_reentrant=False).transpose(1, 2).flatten(2))
+
+
+def test_checkpoints():
+    """A backward recomputes outside the scope of a forward: such a module is left. Around a swapped module all is well."""
+    model, x = nn.ModuleList([Checkpointed(), Attention()]), torch.randn(2, 5, 32, requires_grad=True)
+    report = swap(model)
+    assert [r.where for r in report.replaced] == ["1"] and [left.where for left in report.left] == ["0"]
+    assert "checkpoint, sdpa  because: what is recomputed" in str(report)
+    expected = [*torch.autograd.grad(model[1](x).square().sum(), x)]
+    recomputed = torch.autograd.grad(checkpoint(model[1], x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close([*recomputed], expected, rtol=0, atol=0)
+
+    def attend_dropping(v):
+        return sdpa(v, v, v.flip(-1), dropout_p=0.5)
+
+    v, scopes = torch.randn(1, 2, 9, 8, requires_grad=True), dict(context_fn=lambda: (swapped(), swapped()))
+    grads = []
+    for call in (attend_dropping, functools.partial(checkpoint, attend_dropping, use_reentrant=False, **scopes)):
+        torch.manual_seed(3)
+        with swapped():
+            out, names = ours(call, v)
+        assert names == ["attention_fwd"]
+        grads.append(torch.autograd.grad(out.square().sum(), v)[0])
+    assert torch.equal(*grads)
+
+
 def test_a_part():
     model, (x, target, padding) = Model().eval(), batch()
     swap(model)
@@ -229,8 +294,10 @@ def test_models_of_transformers_are_anothers(monkeypatch):
     package.PreTrainedModel = PreTrainedModel
     monkeypatch.setitem(sys.modules, "transformers.modeling_utils", package)
     monkeypatch.delitem(sys.modules, "transformers", raising=False)  # without it its adapter stays away
-    report = swap(nn.ModuleDict({"theirs": nn.ModuleList([PreTrainedModel()]), "ours": nn.BCEWithLogitsLoss()}))
-    assert [r.where for r in report.replaced] == ["ours"]
+    theirs = PreTrainedModel()
+    report = swap(nn.ModuleDict({"theirs": nn.ModuleList([theirs]), "ours": nn.BCEWithLogitsLoss()}))
+    inside = ["theirs.0.encoder.layers.0.self_attn", "theirs.0.encoder.layers.1.self_attn", "theirs.0.attn", "theirs.0.loss"]
+    assert {r.where for r in report.replaced} >= {*inside, "ours"} and "theirs.0" not in {r.where for r in report.replaced}
 
 
 def test_copies():

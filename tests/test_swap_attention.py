@@ -101,7 +101,8 @@ def test_multihead_attention(kind, scope, dtype):
     for t in (twin, module):  # eval without gradients: PyTorch's has a fast path
         t.eval()
     with torch.no_grad():
-        torch.testing.assert_close(swapped_call(twin, *inputs), call(module, *inputs), rtol=0.02, atol=0.02)
+        close = {} if dtype == torch.float32 else dict(rtol=0.02, atol=0.02)
+        torch.testing.assert_close(swapped_call(twin, *inputs), call(module, *inputs), **close)
         assert ours(swapped_call, twin, *inputs)[1] == ["attention_fwd"]
 
 

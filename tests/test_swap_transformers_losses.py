@@ -160,14 +160,28 @@ def test_linear_cross_entropy_other_calls(library):
     torch.testing.assert_close(model(**given, shift_labels=shifted).loss, loss)
     kept = model(**given | dict(labels=given["labels"][:, -4:]), logits_to_keep=4)
     assert kept.logits.shape == (B, 4, V)
-    with model.lm_head.register_forward_hook(lambda *_: None), pytest.MonkeyPatch.context():
+    with model.lm_head.register_forward_hook(lambda *_: None):
         assert model(**given).logits is not None
     assert "hidden_states" in model(**given, output_hidden_states=True)
+    inner = model.forward
+    model.forward = lambda *args, **more: inner(*args, **more)  # as others wrap it
+    torch.testing.assert_close(model(given["input_ids"], labels=given["labels"]).loss, loss)
+    model.loss_function = lambda *_, **more: torch.tensor(7.0)  # set after the swap
+    assert model(**given).loss == 7
 
 
-@pytest.mark.parametrize("why", ["architecture", "head", "loss", "forward"])
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """Remote code may give a known name to another model."""
+
+    def forward(self, input_ids, labels=None):
+        return 3 * self.lm_head(self.transformer(input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("why", ["architecture", "name", "head", "loss", "forward"])
 def test_no_linear_cross_entropy(why):
     model = make("gpt_oss" if why == "architecture" else "gpt2")
+    if why == "name":
+        model.__class__ = GPT2LMHeadModel
     if why == "head":
         model.lm_head.register_forward_hook(lambda *_: None)
     if why == "loss":
@@ -176,7 +190,7 @@ def test_no_linear_cross_entropy(why):
         model.forward = functools.partial(type(model).forward, model)
     report = minkernels.swap(model, linear_cross_entropy=True)
     assert any("logits" in what for _, what, _ in report.left)
-    assert ("loss" in why) or "cross_entropy" in [by for *_, by in report.replaced]
+    assert why in ("loss", "name") or "cross_entropy" in [by for *_, by in report.replaced]
     assert ("forward" in vars(model)) == (why == "forward")
 
 

@@ -1,5 +1,6 @@
 """The losses of transformers on ours: the same arguments, the same values."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -101,7 +102,7 @@ def _mean(loss, count, *args, **options):
 
 def no_linear(model: nn.Module) -> str:
     """Why this causal language model cannot do without its logits; empty if it can."""
-    if type(model).__name__ not in CAUSAL_LMS:
+    if type(model).__name__ not in CAUSAL_LMS or not type(model).__module__.startswith("transformers.models."):
         return "not among the architectures that linear_cross_entropy was tested with"
     if not _plain_head(model):
         return f"its lm_head is no plain nn.Linear but {type(model.lm_head).__name__}, or has hooks"
@@ -120,10 +121,10 @@ def _plain_head(model):
 def without_logits(model: nn.Module, *args, **given):
     """forward of a causal language model: with labels its loss by linear_cross_entropy, and no logits; without, as ever."""
     if args:
-        given.update(zip(model.forward.__signature__.parameters, args, strict=False))
+        given.update(zip([*inspect.signature(type(model).forward).parameters][1:], args, strict=False))
     labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
     whole = isinstance(kept, int) and kept == 0
-    if labels is None or not whole or not _plain_head(model) or getattr(model, "model_parallel", False):
+    if labels is None or not whole or no_linear(model) or getattr(model, "model_parallel", False):
         return type(model).forward(model, **given)
     from transformers import modeling_outputs
 

@@ -31,8 +31,7 @@ def swap(model: nn.Module, *, linear_cross_entropy: bool = False, strict: bool =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    already = tuple(_recorded(model))
-    taken = {change.key for s in already for change in s.changes}
+    already, taken = tuple(_recorded(model)), _keys(model)
     planned = [found for adapter in _adapters() for found in adapter.plan(model, linear_cross_entropy=linear_cross_entropy)]
     swaps = [s for s in planned if isinstance(s, Swap) and taken.isdisjoint(change.key for change in s.changes)]
     left = [found for found in planned if isinstance(found, Left)]
@@ -54,20 +53,15 @@ def swap(model: nn.Module, *, linear_cross_entropy: bool = False, strict: bool =
 
 
 def unswap(model: nn.Module) -> tuple[Replaced, ...]:
-    """Takes back every swap in a model and its submodules, the last one first. Returns what was taken back, empty if nothing was."""
+    """Takes back every swap in a model and its submodules. Returns what was taken back, empty if nothing was."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    swaps = list(_recorded(model))
-    for change in reversed([change for s in swaps for change in s.changes]):
-        change.revert()
-    for module in model.modules():
-        vars(module).pop(RECORD, None)
-    return tuple(map(Swap.told, swaps))
+    return _take_back(model)
 
 
 @contextlib.contextmanager
 def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | None]:
-    """with swapped(model, ...): swap(model, ...) inside, as it was after; a model swapped before stays swapped.
+    """with swapped(model, ...): swap(model, ...) inside, as it was after; what had been swapped before stays so.
 
     with swapped(): no model is touched; inside, calls of F.scaled_dot_product_attention, F.multi_head_attention_forward,
     F.cross_entropy, F.binary_cross_entropy_with_logits and torchvision.ops.nms take our kernels, whoever makes them in this thread, and
@@ -81,17 +75,33 @@ def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | 
         with functions():
             yield None
         return
+    before = _keys(model) if isinstance(model, nn.Module) else set()
     report = swap(model, **options)
-    before = {id(s) for s in _recorded(model)} if report.already else set()
     try:
         yield report
     finally:
-        if not before:
-            unswap(model)
+        _take_back(model, before)
 
 
 def _adapters() -> list:
     return [importlib.import_module(f"minkernels.swap.{name}") for name, package in ADAPTERS.items() if package in sys.modules]
+
+
+def _take_back(model: nn.Module, kept: set[tuple] = frozenset()) -> tuple[Replaced, ...]:
+    """All swaps but those of the changes that are to be kept."""
+    swaps = [s for s in _recorded(model) if kept.isdisjoint(change.key for change in s.changes)]
+    for s in swaps:
+        for change in s.changes:
+            change.revert()
+        rest = [other for other in vars(s.module)[RECORD] if other.changes is not s.changes]
+        vars(s.module)[RECORD] = rest
+        if not rest:
+            del vars(s.module)[RECORD]
+    return tuple(map(Swap.told, swaps))
+
+
+def _keys(model: nn.Module) -> set[tuple]:
+    return {change.key for s in _recorded(model) for change in s.changes}
 
 
 def _recorded(model: nn.Module) -> Iterator[Swap]:

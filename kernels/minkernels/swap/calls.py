@@ -10,6 +10,7 @@ from torch import nn
 
 KNOWN_ELSEWHERE = {  # package's module -> its functions that come to one of ours, by whatever way
     "torchvision.ops.boxes": {"nms": "nms", "batched_nms": "nms"},
+    "torch.utils.checkpoint": {"checkpoint": "checkpoint", "checkpoint_sequential": "checkpoint"},
     "diffusers.models.attention_dispatch": {"dispatch_attention_fn": "scaled_dot_product_attention"},
 }
 
@@ -36,7 +37,7 @@ def _reached(entries, methods, known) -> dict[str, str]:
         if f in seen:
             continue
         seen.add(f)
-        package = f.__module__.partition(".")[0]
+        package = (f.__module__ or "").partition(".")[0]
         for code in _codes(f.__code__):
             waiting += [g for name in code.co_names for g in methods.get(name, ())]
             for spelled, value in _globals(code, f.__globals__):

@@ -54,6 +54,9 @@ class Attribute:
         vars(self.owner)[self.name] = self.value
 
     def revert(self):
+        present = vars(self.owner).get(self.name, self.MISSING)
+        if present is not self.value and present != self.value:
+            return  # somebody has set another since
         if self.before is self.MISSING:
             vars(self.owner).pop(self.name, None)
         else:

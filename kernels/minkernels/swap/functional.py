@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from minkernels._checks import FLOATS, REDUCTIONS
+from minkernels._checks import FLOATS
 from minkernels.attention.ops import MAX_HEAD_DIM, attention
 from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
 from minkernels.nms.ops import nms as our_nms
@@ -21,29 +21,25 @@ PLAIN = Tensor, nn.Parameter, type(None)
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ) -> Tensor | None:
-    if not (type(query) is type(key) is type(value) is Tensor or _plain(query, key, value)) or not _ours(query) or query.is_nested:
+    if not (type(query) is type(key) is type(value) is Tensor or _plain(query, key, value)):
         return None
-    if query.dim() != 4:
-        return _of_any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    dtype = query.dtype
-    if key.dtype != dtype or value.dtype != dtype:
-        query, key, value = _autocast(query, key, value)
-    causal = "top-left" if is_causal else False
-    try:  # sizes are looked at once, there
-        if not (enable_gqa or query.shape[1] == key.shape[1]):
+    if not (query.is_cpu or query.is_cuda) or forward_ad._current_level >= 0 or query.is_nested:
+        return None
+    try:
+        if not enable_gqa and query.size(-3) != key.size(-3):
             return None
         if attn_mask is None:
-            return attention(query, key, value, causal=causal, scale=scale, dropout_p=dropout_p)
-        if causal or not (type(attn_mask) is Tensor or _plain(attn_mask)):
+            return attention(query, key, value, causal="top-left" if is_causal else False, scale=scale, dropout_p=dropout_p)
+        if is_causal or not (type(attn_mask) is Tensor or _plain(attn_mask)):
             return None
         given = attn_mask.dtype
         if given == torch.bool:
             return attention(query, key, value, mask=attn_mask, scale=scale, dropout_p=dropout_p)
         if given == query.dtype or given == torch.float32:
             return attention(query, key, value, bias=attn_mask, scale=scale, dropout_p=dropout_p)
-    except (TypeError, ValueError, IndexError):
-        pass
-    return None
+        return None
+    except (IndexError, TypeError, ValueError):  # nothing was computed: everything is looked at once, there
+        return _of_other_kinds(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
 def multi_head_attention_forward(query, key, value, *args, **options) -> tuple[Tensor, None] | None:
@@ -114,35 +110,31 @@ def multi_head_attention(
 def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
 ) -> Tensor | None:
-    if not (_ours(input) and _plain(target, weight)) or size_average is not None or reduce is not None or reduction not in REDUCTIONS:
+    if size_average is not None or reduce is not None or not (_ours(input) and _plain(target, weight)):
         return None
-    shape = input.shape
-    classes = shape[1:2] or shape
-    if not classes or classes[0] == 0 or not 0.0 <= label_smoothing <= 1.0:
+    dtype, given = input.dtype, target.dtype
+    if weight is not None and weight.dtype != dtype:
         return None
-    if target.dtype == torch.int64:
-        if target.shape != (shape[:1] if len(shape) == 2 else shape[:1] + shape[2:] if len(shape) > 1 else ()):
-            return None
-    else:  # probabilities, no wider than what the loss is computed in
-        wide = torch.promote_types(target.dtype, input.dtype) not in (input.dtype, torch.float32)
-        if wide or target.shape != shape or target.dtype not in FLOATS or ignore_index >= 0:
-            return None
-    if weight is not None and (weight.dtype != input.dtype or weight.shape != classes or weight.requires_grad):
+    if given != torch.int64 and (given not in FLOATS or torch.promote_types(given, dtype) not in (dtype, torch.float32)):
+        return None  # else probabilities, no wider than what the loss is computed in
+    try:
+        return our_cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
+    except (TypeError, ValueError):  # nothing was computed
         return None
-    return our_cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
 
 
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
 ) -> Tensor | None:
-    if not (_ours(input) and _plain(target, weight, pos_weight)) or size_average is not None or reduce is not None:
+    if size_average is not None or reduce is not None or not (_ours(input) and _plain(target, weight, pos_weight)):
         return None
-    if target.shape != input.shape or reduction not in REDUCTIONS:
+    dtype = input.dtype
+    if target.dtype != dtype or (weight is not None and weight.dtype != dtype) or (pos_weight is not None and pos_weight.dtype != dtype):
         return None
-    for t in (target, weight, pos_weight):
-        if t is not None and (t.dtype != input.dtype or t.requires_grad or not _broadcasts(t, input.shape)):
-            return None
-    return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)
+    try:
+        return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)
+    except (TypeError, ValueError):  # nothing was computed
+        return None
 
 
 def nms(dets, scores, iou_threshold) -> Tensor | None:
@@ -177,36 +169,19 @@ def _plain(*tensors) -> bool:
     return True
 
 
-def _of_any_rank(query, key, value, attn_mask, *options) -> Tensor | None:
-    lead = query.shape[:-3]
-    if query.dim() < 3 or key.shape[:-3] != lead or value.shape[:-3] != lead or (attn_mask is not None and attn_mask.dim() > query.dim()):
+def _of_other_kinds(query, key, value, attn_mask, *options) -> Tensor | None:
+    """Dtypes that autocast makes one; fewer or more than four dimensions."""
+    lead, mixed = query.shape[:-3], not query.dtype == key.dtype == value.dtype
+    if mixed and torch.is_autocast_enabled(query.device.type):
+        return scaled_dot_product_attention(*_autocast(query, key, value), attn_mask, *options)
+    if mixed or query.dim() in (1, 2, 4) or key.shape[:-3] != lead or value.shape[:-3] != lead:
         return None
-    four = (t if t is None else _four(t, lead) for t in (query, key, value, attn_mask))
-    out = scaled_dot_product_attention(*four, *options)
+    if attn_mask is not None and attn_mask.dim() > query.dim():
+        return None
+    out = scaled_dot_product_attention(*(t if t is None else _four(t, lead) for t in (query, key, value, attn_mask)), *options)
     if out is None:
         return None
     return out.unflatten(0, lead) if lead else out[0]
-
-
-def _keys_fit(shape, keys, enable_gqa) -> bool:
-    """Not where a batch or a head of 1 stands for more."""
-    if len(keys) != 4 or keys[0] != shape[0] or keys[3] != shape[3]:
-        return False
-    return keys[1] == shape[1] or (enable_gqa and keys[1] > 0 and shape[1] % keys[1] == 0)
-
-
-def _mask_fits(mask, shape, S) -> bool:
-    B, H, L, _ = shape
-    own = mask.shape
-    if len(own) != 4:
-        return _broadcasts(mask, (B, H, L, S))
-    b, h, l, s = own
-    return (s == S or s == 1) and (l == L or l == 1) and (h == H or h == 1) and (b == B or b == 1)
-
-
-def _broadcasts(t, shape) -> bool:
-    own = t.shape
-    return len(own) <= len(shape) and all(n in (1, size) for n, size in zip(reversed(own), reversed(shape), strict=False))
 
 
 def _four(t, lead):

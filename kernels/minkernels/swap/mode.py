@@ -29,10 +29,13 @@ class Functions(TorchFunctionMode):
         return Functions, (self.names,)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        ours = torch.unflatten if func is UNFLATTEN else self.ours.get(func)  # torch.compile cannot follow that method's super() here
-        out = None if ours is None else ours(*args, **kwargs) if kwargs else ours(*args)
-        if out is not None:
-            return out
+        ours = self.ours.get(func)
+        if ours is not None:
+            out = ours(*args, **kwargs) if kwargs else ours(*args)
+            if out is not None:
+                return out
+        elif func is UNFLATTEN:  # torch.compile cannot follow that method's super() here
+            func = torch.unflatten
         return func(*args, **kwargs) if kwargs else func(*args)
 
 

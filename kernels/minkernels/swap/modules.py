@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from minkernels.swap import functional
@@ -11,6 +12,7 @@ from minkernels.swap.calls import calls
 from minkernels.swap.changes import Attribute, Left, Swap, forward
 from minkernels.swap.mode import NAMES, Functions
 
+CHECKPOINT = "checkpoint"
 OPS = {
     "scaled_dot_product_attention": "attention",
     "multi_head_attention_forward": "attention",
@@ -21,10 +23,11 @@ OPS = {
 
 
 def plan(model: nn.Module, **_) -> Iterator[Swap | Left]:
-    calls_of = functools.cache(functools.partial(calls, names=NAMES))
-    spared = _of_transformers(model)
+    calls_of = functools.cache(functools.partial(calls, names=(*NAMES, CHECKPOINT)))
+    transformer = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", torch.jit.ScriptModule)
     for where, module in model.named_modules():
-        if module not in spared:
+        # another adapter looks after the first; the forward of the others is no Python
+        if not isinstance(module, transformer | torch.jit.ScriptModule):
             yield from _plan(where, module, calls_of)
 
 
@@ -40,15 +43,18 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
         if helper.__module__.partition(".")[0] == package and not issubclass(helper, nn.Module):
             inside = inside | calls_of(helper, "__call__")[0]
     names = tuple(name for name in NAMES if name in inside.values())
-    if names:
+    if names and CHECKPOINT in inside.values():
+        yield Left(where, ", ".join(sorted(inside)), "what is recomputed in a backward would be outside the scope of its forward")
+    elif names:
         change = forward(module, functools.partial(_inside, Functions(names)))
         by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
         yield from _unless_replaced(Swap(where, ", ".join(sorted(inside)), by, module, (change,)))
     for known in PLAIN:
         if isinstance(module, known) and not names:
             yield Left(where, f"a subclass of nn.{known.__name__}", "it has a forward of its own")
+    outside = sorted(spelled for spelled, name in outside.items() if name != CHECKPOINT)
     if outside:
-        yield Left(where, ", ".join(sorted(outside)), "not called by forward: run what calls it inside swapped()")
+        yield Left(where, ", ".join(outside), "not called by forward: run what calls it inside swapped()")
 
 
 def _unless_replaced(swap: Swap) -> Iterator[Swap | Left]:
@@ -59,16 +65,15 @@ def _unless_replaced(swap: Swap) -> Iterator[Swap | Left]:
         yield swap
 
 
-def _of_transformers(model: nn.Module) -> set[nn.Module]:
-    """Modules that another adapter looks after."""
-    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
-    roots = [m for m in model.modules() if isinstance(m, base) or type(m).__module__.partition(".")[0] == "transformers"]
-    return {m for root in roots for m in root.modules()}
-
-
 def _inside(mode: Functions, module: nn.Module, *args, **kwargs):
     with mode:
         return type(module).forward(module, *args, **kwargs)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """getattr(module, name), in a fifth of the time that nn.Module takes where it is a parameter as it was made."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def cross_entropy_loss(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -> Tensor:
@@ -91,10 +96,12 @@ def multihead_attention(
     if not need_weights:
         separate = not module._qkv_same_embed_dim
         projections = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight) if separate else (None, None, None)
+        last = module.out_proj
         out = functional.multi_head_attention(
-            module.batch_first, query, key, value, module.embed_dim, module.num_heads, module.in_proj_weight, module.in_proj_bias,
-            module.bias_k, module.bias_v, module.add_zero_attn, module.dropout, module.out_proj.weight, module.out_proj.bias,
-            module.training, key_padding_mask, False, attn_mask, separate, *projections, is_causal=is_causal,
+            module.batch_first, query, key, value, module.embed_dim, module.num_heads, parameter(module, "in_proj_weight"),
+            parameter(module, "in_proj_bias"), module.bias_k, module.bias_v, module.add_zero_attn, module.dropout,
+            parameter(last, "weight"), parameter(last, "bias"), module.training, key_padding_mask, False, attn_mask, separate, *projections,
+            is_causal=is_causal,
         )  # fmt: skip
     if out is None:
         out = type(module).forward(module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)

@@ -11,8 +11,11 @@ from torch import nn
 
 import minkernels
 from minkernels.swap import _hf_attention, _hf_losses
+from minkernels.swap.calls import calls
 from minkernels.swap.changes import Attribute, Left, Swap, forward
+from minkernels.swap.mode import NAMES
 
+ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
 TESTED = (4, 57), (6, 0)  # from the first, before the second
 NOT_OURS = {"DeepseekV4Attention": "it makes its mask longer, which it can only with a whole one"}
 
@@ -72,7 +75,8 @@ def _attention(where, model, kind):
     for name, module in others.items():
         if any(up in others for up in _upwards(name)[1:]):
             continue
-        yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
+        if not _on_functions(module):
+            yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             why.setdefault(id(_owner(name, models).config), f"{type(module).__name__} beside it could not read our masks")
     configs = {}
@@ -108,6 +112,12 @@ def _upwards(name):
 def _is_attention(module):
     kind = type(module)
     return "Attention" in kind.__name__ and not kind.__module__.startswith("torch.") and any(True for _ in module.parameters())
+
+
+def _on_functions(module):
+    """Whether all of it is modules.py's: it, or modules in it, call what that redirects."""
+    parts = [m for m in module.modules() if m is module or _is_attention(m) or isinstance(m, nn.MultiheadAttention)]
+    return any(isinstance(m, nn.MultiheadAttention) or ATTENTION & {*calls(type(m), "forward", NAMES)[0].values()} for m in parts)
 
 
 @functools.cache

@@ -1,13 +1,10 @@
 """One training step of minGPT on our ops, beside the same model on F.scaled_dot_product_attention and F.cross_entropy."""
 
-import copy
-from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
-from bench.timing import max_error
-from minmodels.kernels import using
+from bench.model_step import IMPLS, training_step  # noqa: F401  conftest.py reads IMPLS
 from minmodels.mingpt import GPT, GPTConfig
 
 
@@ -36,40 +33,14 @@ CASES = {
     ],
     "tiny": [Case("tiny", TINY, 2, torch.float32)],
 }
-IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
-
-
-def loss_of(model, idx, targets, *, kernels, autocast=None):
-    with using(kernels), torch.autocast(idx.device.type, autocast, enabled=autocast is not None):
-        return model(idx, targets)
 
 
 def bench_step(timed, device, case, impl):
     config, T = case.config, case.config.block_size
-    autocast = None if case.dtype == torch.float32 else case.dtype
 
     def build():
-        initial = GPT(config).to(device)
-        idx, targets = torch.randint(config.vocab_size, (2, case.batch, T), device=device)
-
-        def step(model, optimizer, kernels):
-            loss = loss_of(model, idx, targets, kernels=kernels, autocast=autocast)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return (loss.detach(),)
-
-        @cache
-        def exact():  # one sequence at a time, for the memory; every target counts, so the means may be averaged
-            model, pairs = copy.deepcopy(initial).double(), zip(idx.split(1), targets.split(1), strict=True)
-            with torch.no_grad():
-                return (torch.stack([loss_of(model, i, t, kernels="torch") for i, t in pairs]).mean(),)
-
-        steps = {}
-        for name, kernels in IMPLS.items():
-            model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3), kernels)
-        return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
+        batch = torch.randint(config.vocab_size, (2, case.batch, T), device=device).unbind()
+        return training_step(GPT(config).to(device), batch, case.dtype, one_by_one=True)
 
     rounds = {"min_rounds": 3} if config.n_embd > 128 else {}  # seconds a step on a CPU
     timed("minGPT step", build, shape=(case.batch, T), dtype=case.dtype, tokens=case.batch * T, **rounds)

@@ -1,16 +1,14 @@
 """One training step of GPT-1 and minBERT at their default sizes, on our ops, beside the same models on PyTorch's."""
 
-import copy
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from bench.timing import max_error
+from bench.model_step import IMPLS, training_step  # noqa: F401  conftest.py reads IMPLS
 from minmodels import gpt1, minbert
 from minmodels.data import pairs
-from minmodels.kernels import using
 
 
 class Case(NamedTuple):
@@ -68,37 +66,11 @@ TINY = [
     Case("minbert", bert(11, 16, 1, 2, 32, 8), partial(masked_pairs, 11, 2, 8), torch.float32),
 ]
 CASES = {**dict.fromkeys(("cpu", "cuda"), cases(torch.float32) + cases(torch.bfloat16)), "tiny": TINY}
-IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
-
-
-def loss_of(model, batch, *, kernels, autocast=None):
-    with using(kernels), torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
-        return model(*batch)
 
 
 def bench_step(timed, device, case, impl):
-    autocast = None if case.dtype == torch.float32 else case.dtype
-
     def build():
-        initial, batch = case.model().to(device), [t.to(device) for t in case.batch()]
-
-        def step(model, optimizer, kernels):
-            loss = loss_of(model, batch, kernels=kernels, autocast=autocast)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return (loss.detach(),)
-
-        @cache
-        def exact():
-            with torch.no_grad():
-                return (loss_of(copy.deepcopy(initial).double(), batch, kernels="torch"),)
-
-        steps = {}
-        for name, kernels in IMPLS.items():
-            model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), kernels)
-        return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
+        return training_step(case.model().to(device), [t.to(device) for t in case.batch()], case.dtype)
 
     shape, rounds = case.batch()[0].shape, {"min_rounds": 3} if case.name == "minbert-slice" else {}
     timed("language model step", build, shape=shape, dtype=case.dtype, tokens=shape.numel(), **rounds)

@@ -1,11 +1,11 @@
 """One training step of minUNet and of minYOLO on our ops, beside the same models on plain PyTorch, and the loss of each alone."""
 
-import copy
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
+from bench.model_step import IMPLS, training_step
 from bench.timing import max_error
 from minmodels.kernels import bce_dice_loss, using
 from minmodels.minunet import UNet, UNetConfig
@@ -43,12 +43,6 @@ CASES = {
         Case("yolo", YOLOConfig(1, 3, cells=2, width=4), 2, 32, torch.float32),
     ],
 }
-IMPLS = {"minkernels": "fused", "torch": "torch"}  # the kernels that the model runs on
-
-
-def loss_of(model, *batch, kernels, autocast=None):
-    with using(kernels), torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
-        return model(*batch)
 
 
 def make(case, device):
@@ -69,29 +63,8 @@ def make(case, device):
 
 
 def bench_step(timed, device, case, impl):
-    autocast = None if case.dtype == torch.float32 else case.dtype
-
     def build():
-        initial, batch = make(case, device)
-
-        def step(model, optimizer, kernels):
-            loss = loss_of(model, *batch, kernels=kernels, autocast=autocast)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return (loss.detach(),)
-
-        @cache
-        def exact():
-            double = [t.double() if t.is_floating_point() else t for t in batch]
-            with torch.no_grad():
-                return (loss_of(copy.deepcopy(initial).double(), *double, kernels="torch"),)
-
-        steps = {}
-        for name, kernels in IMPLS.items():
-            model = copy.deepcopy(initial)
-            steps[name] = partial(step, model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), kernels)
-        return steps, lambda outputs: max_error(outputs, exact(), case.dtype)  # of the first step: the weights move on
+        return training_step(*make(case, device), case.dtype)
 
     timed("vision step", build, shape=(case.batch, case.config.in_channels, case.side, case.side), dtype=case.dtype, min_rounds=3)
 

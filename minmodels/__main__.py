@@ -38,7 +38,7 @@ FILL_EXAMPLES = """examples:
   python -m minmodels fill minbert --checkpoint ~/bert-base-uncased "Paris is the [MASK] of France." --top 3"""
 CLASSIFY_EXAMPLES = """examples:
   python -m minmodels classify minbert --checkpoint runs/minbert-topic "The first text." "The second text."
-  python -m minmodels classify gpt1 --checkpoint runs/gpt1-task "The expression list is evaluated if it present is."
+  python -m minmodels classify gpt1 --checkpoint runs/gpt1-task "$(cat passage.txt)"
 """
 SHOWCASE_EXAMPLES = """example:
   python -m minmodels showcase --text book.txt --minutes 2 --out runs/book"""

@@ -6,6 +6,7 @@ The models train in processes of their own, by the commands that the page names,
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,7 +50,8 @@ class Training:
         environment, nothing = {**os.environ, "OMP_NUM_THREADS": str(threads)}, subprocess.DEVNULL
         self.begun = time.perf_counter()
         for name in (files.CHECKPOINT, files.METRICS):  # of an earlier showcase
-            (self.folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where nothing can be written, the training says so
+                (self.folder / name).unlink()
         self.process = subprocess.Popen([*TRAIN, *self.command], stdin=nothing, stdout=nothing, stderr=self.errors, env=environment)
 
     def done(self) -> bool:
@@ -71,7 +73,7 @@ class Training:
             with (self.folder / files.METRICS).open("rb") as f:
                 f.seek(max(0, f.seek(0, os.SEEK_END) - 4096))
                 lines = f.read().decode().split("\n")[:-1]  # the last one may be half written, and so may the first be cut
-        except FileNotFoundError:
+        except OSError:
             return {}
         return next((json.loads(line) for line in reversed(lines) if line.startswith("{") and f'"{key}"' in line), {})
 
@@ -186,7 +188,7 @@ def _page(info, trainings, shown, rows, sizes, spent) -> str:
     for training in trainings:
         title, found = training.exhibit.title, shown[training.exhibit.name]
         if isinstance(found, exhibits.Shown):
-            command = " ".join(["python -m minmodels train", *training.command])
+            command = shlex.join(["python", "-m", "minmodels", "train", *training.command])
             tiles.append(found.tile)
             if found.body:
                 sections.append(page.section(f"{title}: {training.exhibit.claim}", found.about, *found.body, command=command))

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -210,6 +211,11 @@ def test_the_tasks_made_of_the_help_topics(name):
     learned = {sentence for document in documents.load("").train for sentence in document}
     assert not learned & {text for e in task.heldout for text in e.texts}
     if name == "whole":
+        read = "\n".join(" ".join(" ".join(document).split()) for document in documents.load("").train)
+        for part in (task.train, task.heldout):
+            ends = Counter((e.label, " ".join(e.texts[0].split()[-15:])) for e in part)  # of second halves, whatever stands before them
+            assert all(ends[0, end] == ends[1, end] for _, end in ends)
+        assert not any(end in read for _, end in ends)
         everything = [" ".join(" ".join(document).split()) for document in documents.load("").heldout]
         for one, two in zip(task.heldout[::2], task.heldout[1::2], strict=True):
             assert (one.label, two.label) == (0, 1) and one.texts[0].split()[:15] == two.texts[0].split()[:15]

@@ -175,6 +175,17 @@ def test_parts_that_fail_leave_the_others(book, tmp_path, monkeypatch, capsys):
         assert re.search(f"left out: .*{reason}", printed) and re.search(f"Left out: .*{reason}", found.text)
 
 
+def test_a_file_in_the_way_leaves_out_one_part(book, tmp_path, monkeypatch, capsys):
+    tiny(monkeypatch, tmp_path, "gpt", "adder")
+    monkeypatch.setattr(showcase.subprocess, "Popen", Now)
+    out = tmp_path / "my show"
+    out.mkdir()
+    (out / "gpt").touch()
+    showcase.showcase(book, str(out), minutes=0.01, seconds=0.01, sizes=SIZES)
+    assert re.search(r"^minGPT +\d+ s  left out: cannot write ", capsys.readouterr().out, re.M)
+    assert f"--out '{out / 'adder'}'" in shown(out).text  # a command that a shell takes
+
+
 def test_one_that_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):
     tiny(monkeypatch, tmp_path, "gpt", "adder")
     monkeypatch.setattr(showcase, "GRACE", 0.0)

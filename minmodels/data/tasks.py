@@ -1,8 +1,8 @@
 """What a pretrained language model is fine-tuned on: tasks made from the documents it learned to read, or examples from a file.
 
 Every task made here has as many examples of each class as of the others, and learns from other documents than it is judged on:
-    whole: is a passage one text, or does its second half come from another document? Each half is there both ways, so that no word
-        gives the answer away: it is in what the halves have to do with each other.
+    whole: is a passage one text, or does its second half come from another document? Each half, first and second, is there once in
+        each way, so that no word gives the answer away: it is in what the halves have to do with each other.
     topic: are two sentences from the same document? Each sentence is there both ways, with another one as its partner.
     next: which of four sentences follows this one? All four are from the same document.
 """
@@ -69,17 +69,21 @@ def _sentences(document, seen):
 
 def _whole(documents, seen, rng):
     """Halves of 15 to 30 words, at every place where a sentence ends."""
-    places = []
+    groups = []
     for document in documents:
+        halves = []
         for i in range(1, len(document)):
             before, after = " ".join(document[max(0, i - 30) : i]).split()[-30:], " ".join(document[i : i + 30]).split()[:30]
             if min(len(before), len(after)) >= 15:
-                places.append((id(document), " ".join(before), " ".join(after)))
+                halves.append((" ".join(before), " ".join(after)))
+        rng.shuffle(halves)
+        groups.append(halves)
+    groups.sort(key=len)
+    groups[-1:] = [halves[: sum(map(len, groups[:-1]))] for halves in groups[-1:]]  # no document has more than half of them:
+    places, far = [place for halves in groups for place in halves], max(map(len, groups), default=0)  # so far on is another document's
     examples = []
-    for document, before, after in places if len({place[0] for place in places}) > 1 else ():
-        while (other := rng.choice(places))[0] == document:
-            pass
-        examples += Example(0, (f"{before} {after}",)), Example(1, (f"{before} {other[2]}",))
+    for (before, after), (_, other) in zip(places, places[far:] + places[:far], strict=True):
+        examples += Example(0, (f"{before} {after}",)), Example(1, (f"{before} {other}",))
     return examples
 
 

@@ -22,14 +22,16 @@ SHAPES = {  # (N, V) or (N, V, D); the C++ kernels work on blocks of 2048 column
     "gpt2": (2, 50257),
     "longest-kept": (2, 131072),  # its exponentials are kept for the gradient
     "not-kept": (2, 131073),
-    "many-short": (3000, 27),  # rows go in groups: three tasks
+    "many-short": (3000, 27),  # rows are turned, 64 at a time
+    "longest-short": (75, 128),
+    "one-longer": (700, 129),  # rows go in groups: three tasks
     "no-rows": (0, 7),
     "positions": (2, 21, 700),  # two tiles of positions, one of them ragged
     "few-positions": (3, 40, 7),  # row by row
     "many-classes": (2, 300, 70),  # two blocks of classes
     "no-positions": (2, 5, 0),
 }
-BRIEF = {name: SHAPES[name] for name in ("two", "ragged", "block-and-one", "many-short", "positions", "few-positions", "many-classes")}
+BRIEF = {name: SHAPES[name] for name in ("two", "ragged", "block-and-one", "many-short", "longest-short", "positions", "few-positions", "many-classes")}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -100,7 +102,7 @@ def test_cpu_stats(shape, options, dtype, levels):
         each_level([level], check_stats, x, target, options, layout)
 
 
-@pytest.mark.parametrize("shape", [(500, 300), (3, 21, 1000)], ids=["rows", "positions"])
+@pytest.mark.parametrize("shape", [(500, 300), (500, 60), (3, 21, 1000)], ids=["rows", "short", "positions"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cpu_same_bits_for_any_number_of_threads(smoothing, dtype, shape, library):

@@ -118,6 +118,15 @@ static Labels check_labels(const Softmax& a) {
   return all;
 }
 
+// Short rows as positions.
+static bool turn(Softmax& a) {
+  if (!a.target || a.D != 1 || a.B < 8 || a.V > SHORT || a.logits.column != 1 || (a.grad.data && a.grad.column != 1)) return false;
+  for (Volume* v : {&a.logits, &a.grad}) v->position = v->batch, v->batch = 0;
+  a.target_position = a.target_batch, a.target_batch = 0;
+  a.D = a.B, a.B = 1;
+  return true;
+}
+
 // Every row, in tasks that depend on the shape alone; the sum of what they return, in their order.
 static double run(Softmax& a, bool rows_only = false) {
   SoftmaxKernels kernels = kernels_at[level()](a.logits.dtype);
@@ -125,11 +134,12 @@ static double run(Softmax& a, bool rows_only = false) {
   size_t item = a.logits.dtype == Dtype::f64 ? 8 : 4;
   int64_t tasks, group = 1, tiles = 1;
   size_t scratch = ((1 << 17) + (1 << 13)) * item;  // RowScratch, and the exponentials that are kept
-  bool positions = !rows_only && a.D >= 8 && a.logits.position == 1 && a.logits.column != 1;
+  a.turned = !rows_only && turn(a);
+  bool positions = a.turned || (!rows_only && a.D >= 8 && a.logits.position == 1 && a.logits.column != 1);
   if (positions) {
     constexpr int64_t in_cache = 1 << 14;  // elements of a block of classes
     a.class_block = std::min<int64_t>(a.V, 256);
-    a.tile = std::clamp<int64_t>(in_cache / a.class_block / 64 * 64, 64, 512);
+    a.tile = a.turned ? 64 : std::clamp<int64_t>(in_cache / a.class_block / 64 * 64, 64, 512);
     tiles = (a.D + a.tile - 1) / a.tile, tasks = a.B * tiles;
     scratch = (a.tile + 64) * (8 + (11 + 2 * a.class_block) * item);
   } else {

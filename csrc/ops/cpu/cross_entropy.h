@@ -13,6 +13,8 @@ struct Volume {
   Dtype dtype = Dtype::f32;
 };
 
+constexpr int64_t SHORT = 128;  // classes of rows that are taken many at a time, turned so that a register holds one class of each
+
 struct Softmax {
   Volume logits, grad, probs;    // probs: the targets, where they are probabilities
   const char* target = nullptr;  // (B, D) labels, where they are not
@@ -30,6 +32,7 @@ struct Softmax {
   int64_t* argmax = nullptr;           // (B D,)
   const char* coefficients = nullptr;  // (B D, 5): see Coefficients
   int64_t tile = 0, class_block = 0;   // of the kernel that takes many positions at a time
+  bool turned = false;                 // (1, V, rows) whose classes lie side by side, SHORT of them at most
   bool stream = false;                 // whether its gradient is larger than a cache that could keep it
 
   int64_t rows() const { return B * D; }

@@ -96,6 +96,7 @@ static void write_stats(const Softmax& a, int64_t row, const Row<A>& r) {
   if (a.argmax) a.argmax[row] = r.argmax;
 }
 
+#include "transpose.h"
 #include "cross_entropy_rows.h"
 #include "cross_entropy_positions.h"
 

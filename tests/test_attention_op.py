@@ -148,7 +148,7 @@ T = torch.zeros
 BAD = {
     "not a tensor": (dict(q=[1.0]), TypeError, "q must be a tensor, got list"),
     "rank": (dict(k=T(2, 3, 8)), ValueError, "k must have 4 dimensions .* got shape (2, 3, 8)"),
-    "dtype": (dict(v=T(2, 3, 6, 8, dtype=torch.int64)), TypeError, "v must be float16, .* got torch.int64"),
+    "dtype": (dict(q=T(2, 3, 5, 8, dtype=torch.int64)), TypeError, "q must be float16, .* got torch.int64"),
     "mixed dtypes": (dict(k=T(2, 3, 6, 8, dtype=torch.bfloat16)), TypeError, "k is torch.bfloat16 on cpu, but q is torch.float32"),
     "mixed devices": (dict(k=T(2, 3, 6, 8, device="meta")), TypeError, "k is torch.float32 on meta, but q is torch.float32 on cpu"),
     "batch": (dict(k=T(1, 3, 6, 8)), ValueError, "k must be (B=2, heads, length, D=8) .* got (1, 3, 6, 8)"),

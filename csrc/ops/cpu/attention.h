@@ -12,14 +12,14 @@ struct View {  // a 4-D tensor; strides in elements, 0 where the tensor is broad
   int64_t b = 0, h = 0, row = 0, d = 0;
 };
 
-struct Sequence {                 // an entry of the batch, or one of the sequences that lie end to end
-  int64_t b, q0, k0;              // where it starts in q and o, and in k and v
-  int64_t M, N;                   // its queries and keys
-  int64_t rows;                   // N, and the rows of k after it that belong to nobody
-  int64_t off;                    // query i is aligned with key i + off
-  int64_t slots, q_slots, turns;  // packed keys, transposed queries and turns of the sequences before it, for one head
-  const int32_t* keys;            // (N): positions of the keys that somebody may see, ascending; null: all
-  const int32_t* count;           // (N + 1): how many of them lie before position j
+struct Sequence {                             // an entry of the batch, or one of the sequences that lie end to end
+  int64_t b, q0, k0;                          // where it starts in q and o, and in k and v
+  int64_t M, N;                               // its queries and keys
+  int64_t rows;                               // N, and the rows of k after it that belong to nobody
+  int64_t off = 0;                            // query i is aligned with key i + off
+  int64_t slots = 0, q_slots = 0, turns = 0;  // packed keys, transposed queries and turns of the sequences before it, for one head
+  const int32_t* keys = nullptr;              // (N): positions of the keys that somebody may see, ascending; null: all
+  const int32_t* count = nullptr;             // (N + 1): how many of them lie before position j
 };
 
 struct Item {  // of work

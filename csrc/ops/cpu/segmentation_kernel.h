@@ -253,7 +253,7 @@ static bool out_of_range(const A* t, const A* mask, int64_t n, A end) {
   vec<lane_t<A>> bad = {};
   for (int64_t i = 0; i < n; i += vector<A>::lanes) {
     vec<A> v = load(t + i);
-    bad |= ~(v >= vec<A>{} & v < splat(end)) & counts(mask, i);
+    bad |= ~((v >= vec<A>{}) & (v < splat(end))) & counts(mask, i);
   }
   return lanes_max((f32)((i32)bad & (i32)splat(1.0f))) > 0;
 }

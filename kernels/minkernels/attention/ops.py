@@ -133,7 +133,7 @@ def _attend(q, k, v, return_lse, options):
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     try:
-        o, lse = apply(_Attention, q, k, v, *options) if needs_grad(q, k, v, *options[:2]) else _fwd(q, k, v, *options)
+        o, lse = apply(_Attention, q, k, v, *options) if needs_grad(q, k, v, options.bias, options.sinks) else _fwd(q, k, v, *options)
     except RuntimeError:
         if q.device.type == "cpu":  # C++ can only raise this one
             check_lengths(q, k, options)
@@ -194,25 +194,24 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
 
 def _check_qkv(q, k, v, dims, layout):
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, t)
-        if t.dim() != dims:
+        if not isinstance(t, Tensor) or t.dim() != dims:
+            check_tensor(name, t)
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
-        if t.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
     dtype, device = q.dtype, q.device
+    if dtype not in FLOATS:
+        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {dtype}")
     for name, t in (("k", k), ("v", v)):
         if t.dtype != dtype or t.device != device:
             raise TypeError(f"{name} is {t.dtype} on {t.device}, but q is {dtype} on {device}: they must agree")
     if dtype == torch.float64 and device.type != "cpu":
         raise TypeError(f"float64 runs on the CPU only, got q on {device}")
-    *_, D = q_shape = q.shape
-    *rest, Dv = v.shape
-    k_shape, heads = k.shape, 1 if dims == 4 else -2
+    q_shape, k_shape, v_shape, heads = q.shape, k.shape, v.shape, 1 if dims == 4 else -2
+    D, Dv = q_shape[-1], v_shape[-1]
     if k_shape[-1] != D or (dims == 4 and k_shape[0] != q_shape[0]):
         batch = f"B={q_shape[0]}, heads, length" if dims == 4 else "length, heads"
         raise ValueError(f"k must be ({batch}, D={D}) to fit q {tuple(q_shape)}, got {tuple(k_shape)}")
-    if rest != [*k_shape[:-1]]:
-        raise ValueError(f"v must share all but the head dim with k {tuple(k_shape)}, got {tuple(v.shape)}")
+    if v_shape != k_shape and v_shape[:-1] != k_shape[:-1]:
+        raise ValueError(f"v must share all but the head dim with k {tuple(k_shape)}, got {tuple(v_shape)}")
     if k_shape[heads] == 0 or q_shape[heads] % k_shape[heads]:
         raise ValueError(f"q has {q_shape[heads]} heads, which is no multiple of the {k_shape[heads]} heads of k")
     if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):

@@ -121,10 +121,10 @@ SMALL = "--block-size 32 --n-layer 2 --n-embd 64 --vocab-size 1000 --lr 0.01 --e
 EXHIBITS = (
     Exhibit("gpt", "minGPT", "it writes", 1.0, "", _gpt, reads_text=True),
     Exhibit("bigram", "bigram", "one letter at a time", 0.05, "--eval-every 1000", _bigram, reads_text=True, bfloat16=False),
-    Exhibit("adder", "adder", "it adds", 0.6, "--eval-every 300", _adder, bfloat16=False),
-    Exhibit("minbert", "minBERT", "it fills in", 0.75, SMALL, _minbert, reads_text=True),
+    Exhibit("adder", "adder", "it adds", 0.5, "--eval-every 300", _adder, bfloat16=False),
+    Exhibit("minbert", "minBERT", "it fills in", 0.65, SMALL, _minbert, reads_text=True),
     Exhibit("unet", "minUNet", "it segments", 0.3, "--eval-every 25", _unet),
-    Exhibit("yolo", "minYOLO", "it detects", 1.0, "--eval-every 250", _yolo),
+    Exhibit("yolo", "minYOLO", "it detects", 0.85, "--eval-every 250", _yolo),
 )
 
 

@@ -165,7 +165,7 @@ def test_parts_that_fail_leave_the_others(book, tmp_path, monkeypatch, capsys):
     showcase.showcase(book, str(out), minutes=0.01, seconds=0.01, sizes=SIZES)
     printed, found = capsys.readouterr().out, shown(out)
     assert found.sections == ["minGPT", "bigram", "adder: it adds", "minBERT", "minUNet", "The ops", "This machine"] and not found.pictures
-    assert re.search(r"train adder .* --minutes 0\.0006$", found.text, re.M)
+    assert re.search(r"train adder .* --minutes 0\.0005$", found.text, re.M)
     for reason in (
         "n_embd must be a multiple of n_head, got 16 and 3",
         "ZeroDivisionError: division by zero",

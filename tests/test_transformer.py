@@ -113,9 +113,11 @@ TRAINED = {
 
 @pytest.mark.parametrize(("module", "build", "batch"), TRAINED.values(), ids=TRAINED)
 def test_losses_of_the_first_50_steps_are_those_on_pytorchs_ops(module, build, batch, monkeypatch):
+    """In float64: Adam divides by gradients near 0, so that in 50 steps a last bit of float32 becomes 7e-4 of a loss, now and then."""
+
     def losses():
         torch.manual_seed(0)
-        model, generator, found = build(), torch.Generator().manual_seed(0), []
+        model, generator, found = build().double(), torch.Generator().manual_seed(0), []
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
         for _ in range(50):
             loss = model(*batch(generator))
@@ -123,7 +125,7 @@ def test_losses_of_the_first_50_steps_are_those_on_pytorchs_ops(module, build, b
             loss.backward()
             optimizer.step()
             found.append(loss.item())
-        return torch.tensor(found)
+        return torch.tensor(found, dtype=torch.float64)
 
     def sdpa(q, k, v, *, causal=False, key_mask=None):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, attn_mask=None if key_mask is None else key_mask[:, None, None])
@@ -131,7 +133,7 @@ def test_losses_of_the_first_50_steps_are_those_on_pytorchs_ops(module, build, b
     ours = losses()
     monkeypatch.setattr(module, "attention", sdpa, raising=False)
     monkeypatch.setattr(module, "cross_entropy", F.cross_entropy)
-    torch.testing.assert_close(ours, losses(), atol=0, rtol=1e-4)
+    torch.testing.assert_close(ours, losses(), atol=0, rtol=1e-9)
     assert ours[-5:].mean() < 0.98 * ours[:5].mean()
 
 

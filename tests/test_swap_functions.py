@@ -163,6 +163,7 @@ LACKED = {  # a call, of which PyTorch's own is to be run
     "batch-broadcast": lambda: sdpa(q4, q4[:1], q4[:1]),
     "head-broadcast": lambda: sdpa(q4, q4[:, :1], q4[:, :1]),
     "two-dimensions": lambda: sdpa(q4[0, 0], q4[0, 0], q4[0, 0]),
+    "no-dimensions": lambda: sdpa(q4.sum(), q4.sum(), q4.sum()),
     "wide-heads": lambda: sdpa(torch.ones(1, 1, 2, 257), torch.ones(1, 1, 2, 257), torch.ones(1, 1, 2, 257)),
     "all-dropped": lambda: sdpa(q4, q4, q4, dropout_p=1.0),
     "mask-and-causal": lambda: sdpa(q4, q4, q4, torch.ones(5, 5).bool(), is_causal=True),

@@ -1,12 +1,11 @@
 // Short sequences: a task packs key heads itself and takes them from end to end, so that their operands stay in its cache.
-constexpr int64_t WHOLE_KEYS = 128;  // and queries: the longest
-constexpr int64_t WHOLE_ROWS = 3;    // of fewer queries keys are streamed,
-constexpr int64_t STREAM_KEYS =
-    1 << 14;  // and of few if a head's keys have more bytes than this: they come from memory, and once is enough
+constexpr int64_t WHOLE_KEYS = 128;        // and queries: the longest
+constexpr int64_t WHOLE_ROWS = 3;          // of fewer queries keys are streamed,
+constexpr int64_t STREAM_BYTES = 1 << 14;  // of up to STREAM_ROWS queries too, if a head's keys are more: they come from memory
 
 template <class T>
 static bool whole_forward(const Attention& a) {
-  bool few = a.longest * (a.H / a.Hkv) < WHOLE_ROWS || a.most_keys * a.D * int64_t(sizeof(T)) > STREAM_KEYS;
+  bool few = a.longest * (a.H / a.Hkv) < WHOLE_ROWS || a.most_keys * a.D * int64_t(sizeof(T)) > STREAM_BYTES;
   return a.most_keys <= WHOLE_KEYS && a.longest <= WHOLE_KEYS && !(few && may_stream(a));
 }
 

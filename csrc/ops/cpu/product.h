@@ -1,3 +1,5 @@
+#include "transpose.h"
+
 // Matrix products in registers, and the operand layouts that they read. A word holds the consecutive elements of the reduction that one
 // instruction multiplies: one float, one double, or, where the level has a bfloat16 dot product, two bfloat16.
 //
@@ -19,8 +21,6 @@ struct operand<bfloat16> {
 #endif
 template <class T>
 using word_t = typename operand<T>::word;
-
-#include "transpose.h"
 
 constexpr int ROWS = 6;  // of a register tile; its columns are LEVEL_VECS registers
 template <class C>

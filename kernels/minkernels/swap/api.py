@@ -93,9 +93,8 @@ def _take_back(model: nn.Module, kept: set[tuple] = frozenset()) -> tuple[Replac
     for s in swaps:
         for change in s.changes:
             change.revert()
-        rest = [other for other in vars(s.module)[RECORD] if other.changes is not s.changes]
-        vars(s.module)[RECORD] = rest
-        if not rest:
+        vars(s.module)[RECORD] = [other for other in vars(s.module)[RECORD] if other.changes is not s.changes]
+        if not vars(s.module)[RECORD]:
             del vars(s.module)[RECORD]
     return tuple(map(Swap.told, swaps))
 

@@ -174,7 +174,7 @@ def _of_other_kinds(query, key, value, attn_mask, *options) -> Tensor | None:
     lead, mixed = query.shape[:-3], not query.dtype == key.dtype == value.dtype
     if mixed and torch.is_autocast_enabled(query.device.type):
         return scaled_dot_product_attention(*_autocast(query, key, value), attn_mask, *options)
-    if mixed or query.dim() in (1, 2, 4) or key.shape[:-3] != lead or value.shape[:-3] != lead:
+    if mixed or query.dim() < 3 or query.dim() == 4 or key.shape[:-3] != lead or value.shape[:-3] != lead:
         return None
     if attn_mask is not None and attn_mask.dim() > query.dim():
         return None

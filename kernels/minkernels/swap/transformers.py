@@ -71,11 +71,12 @@ def _attention(where, model, kind):
         reason = NOT_OURS.get(type(module).__name__) or _sdpa_only(type(module))
         if reason or not owner._can_set_attn_implementation():
             why[at] = reason or f"{type(owner).__name__} does not support setting its attention implementation"
+    called = functools.cache(lambda kind: {*calls(kind, "forward", NAMES)[0].values()})
     others = {name: module for name, module in parts if name not in models and name not in inside and _is_attention(module)}
     for name, module in others.items():
         if any(up in others for up in _upwards(name)[1:]):
             continue
-        if not _on_functions(module):
+        if not _on_functions(module, called):
             yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             why.setdefault(id(_owner(name, models).config), f"{type(module).__name__} beside it could not read our masks")
@@ -114,10 +115,10 @@ def _is_attention(module):
     return "Attention" in kind.__name__ and not kind.__module__.startswith("torch.") and any(True for _ in module.parameters())
 
 
-def _on_functions(module):
-    """Whether all of it is modules.py's: it, or modules in it, call what that redirects."""
+def _on_functions(module, called):
+    """Whether modules.py has a say of it: it, or an attention in it, calls what that redirects."""
     parts = [m for m in module.modules() if m is module or _is_attention(m) or isinstance(m, nn.MultiheadAttention)]
-    return any(isinstance(m, nn.MultiheadAttention) or ATTENTION & {*calls(type(m), "forward", NAMES)[0].values()} for m in parts)
+    return any(isinstance(m, nn.MultiheadAttention) or ATTENTION & called(type(m)) for m in parts)
 
 
 @functools.cache

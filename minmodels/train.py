@@ -230,7 +230,7 @@ class Run:
 
     def _loss(self, *batch: Tensor) -> Tensor:
         with using(self.options.kernels), self._autocast():
-            return self.recipe.loss(self.called, *(t.to(self.device) for t in batch))
+            return self.recipe.loss(self.called, *(t.to(self.device) if t.dim() else t for t in batch))  # a seed is read by the host
 
 
 class Signals:

@@ -12,7 +12,7 @@ from minmodels.data import text as textdata
 from minmodels.data import tokens
 from minmodels.mingpt import GPT, GPTConfig
 from minmodels.options import BigramOptions
-from minmodels.recipes import Recipe, seeded
+from minmodels.recipes import Recipe, dropping, seeded
 
 
 class TextRecipe(Recipe):
@@ -93,6 +93,5 @@ class GPTRecipe(TextRecipe):
         """seed: of what is dropped, drawn with the batch, so that a resumed run drops the same."""
         if seed is None:
             return model(idx, targets)
-        with torch.random.fork_rng(devices=[idx.device] if idx.is_cuda else []):
-            torch.manual_seed(int(seed))
+        with dropping(seed, idx):
             return model(idx, targets)

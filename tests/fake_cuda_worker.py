@@ -1,0 +1,203 @@
+"""What test_fake_cuda runs: every public op, the models and swapped models, on the device of fake_cuda.py beside
+the same on the CPU."""
+
+import fake_cuda  # before torch
+
+# isort: split
+import sys
+import warnings
+from collections import Counter
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+import minkernels as mk
+
+torch.manual_seed(0)
+warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy on inf - inf
+randn, rand, randint = torch.randn, torch.rand, torch.randint
+
+
+def qkv(M=20, N=20):
+    return randn(2, 4, M, 16), randn(2, 2, N, 16), randn(2, 2, N, 24)
+
+
+def boxes(*shape):
+    corner = rand(*shape, 2) * 100
+    return torch.cat((corner, corner + 1 + rand(*shape, 2) * 40), -1)
+
+
+def labels(*shape):
+    target = randint(37, shape)
+    return torch.where(rand(shape) < 0.2, -100, target)
+
+
+def packed():
+    cu = torch.tensor([0, 5, 5, 12, 20], dtype=torch.int32)
+    return randn(20, 4, 16), randn(20, 2, 16), randn(20, 2, 16), cu, cu
+
+
+LINEAR, NONE = (randn(30, 16), randn(37, 16), labels(30)), dict(reduction="none", linear_bias=randn(37), label_smoothing=0.1)
+NMS = dict(iou_threshold=0.5, max_output=20)
+YOLO = dict(num_classes=3, score_threshold=0.1, **NMS)
+OPS = {  # op, arguments, options, how many of the first arguments have a gradient, how often the host may wait
+    "attention": (mk.attention, qkv(), dict(causal=True), 3, 0),
+    "attention, key_mask": (mk.attention, qkv(), dict(key_mask=rand(2, 20) > 0.3), 3, 0),
+    "attention, kv_lens": (mk.attention, qkv(), dict(kv_lens=torch.tensor([3, 20])), 3, 0),
+    "attention, mask": (mk.attention, qkv(), dict(mask=rand(2, 1, 20, 20) > 0.3), 3, 0),
+    "attention, mask of keys": (mk.attention, qkv(), dict(mask=rand(2, 1, 1, 20) > 0.3), 3, 0),
+    "attention, bias": (mk.attention, qkv(), dict(bias=randn(1, 4, 20, 20).requires_grad_()), 3, 0),
+    "attention, window": (mk.attention, qkv(), dict(window=(4, 0), softcap=3.0, sinks=randn(4).requires_grad_(), return_lse=True), 3, 0),
+    "attention, decoding": (mk.attention, qkv(1, 2100), dict(kv_lens=torch.tensor([300, 2100])), 0, 0),
+    "attention_varlen": (mk.attention_varlen, packed(), dict(causal=True, max_seqlen_q=8, max_seqlen_k=8), 3, 0),
+    "merge_attention": (mk.merge_attention, (randn(2, 4, 8, 16), randn(2, 4, 8)) * 2, {}, 4, 0),
+    "cross_entropy": (mk.cross_entropy, (randn(30, 37), labels(30)), {}, 1, 0),
+    "cross_entropy, none": (mk.cross_entropy, (randn(30, 37), labels(30)), dict(reduction="none", weight=rand(37), z_loss=0.1), 1, 0),
+    "cross_entropy, probabilities": (mk.cross_entropy, (randn(30, 37), randn(30, 37).softmax(-1)), {}, 2, 0),
+    "cross_entropy, positions": (mk.cross_entropy, (randn(2, 5, 6, 7), randint(5, (2, 6, 7))), dict(label_smoothing=0.1), 1, 0),
+    "token_logprobs": (mk.token_logprobs, (randn(30, 37), labels(30)), {}, 1, 0),
+    "linear_cross_entropy": (mk.linear_cross_entropy, LINEAR, {}, 2, 0),
+    "linear_cross_entropy, none": (mk.linear_cross_entropy, LINEAR, NONE, 2, 0),
+    "linear_token_logprobs": (mk.linear_token_logprobs, LINEAR, {}, 2, 0),
+    "bce_with_logits": (mk.bce_with_logits, (randn(4, 3, 8, 8), rand(4, 3, 8, 8)), dict(pos_weight=rand(3, 1, 1)), 1, 0),
+    "bce_dice_loss": (mk.bce_dice_loss, (randn(4, 1, 8, 8), rand(4, 1, 8, 8) > 0.5), {}, 1, 0),
+    "bce_dice_loss, class map": (mk.bce_dice_loss, (randn(4, 3, 8, 8), randint(3, (4, 8, 8))), {}, 1, 0),
+    "sigmoid_focal_loss": (mk.sigmoid_focal_loss, (randn(4, 3, 8, 8), rand(4, 3, 8, 8).round()), dict(reduction="mean"), 1, 0),
+    "box_iou": (mk.box_iou, (boxes(7), boxes(9)), {}, 2, 0),
+    "generalized_box_iou": (mk.generalized_box_iou, (boxes(2, 7), boxes(2, 9)), {}, 2, 0),
+    "distance_box_iou": (mk.distance_box_iou, (boxes(7), boxes(9)), {}, 2, 0),
+    "complete_box_iou": (mk.complete_box_iou, (boxes(2, 7), boxes(2, 9)), {}, 2, 0),
+    "iou_match": (mk.iou_match, (boxes(2, 7), boxes(2, 9)), {}, 0, 0),
+    "iou_loss": (mk.iou_loss, (boxes(7), boxes(7)), dict(kind="ciou"), 2, 0),
+    "nms": (mk.nms, (boxes(50), rand(50), 0.5), {}, 0, 1),  # how many are kept, the shape of the result tells
+    "batched_nms": (mk.batched_nms, (boxes(50), rand(50), randint(3, (50,)), 0.5), {}, 0, 1),
+    "nms_padded": (mk.nms_padded, (boxes(2, 50), rand(2, 50)), dict(return_suppressor=True, **NMS), 0, 0),
+    "soft_nms": (mk.soft_nms, (boxes(2, 50), rand(2, 50)), dict(max_output=20), 0, 0),
+    "matrix_nms": (mk.matrix_nms, (boxes(2, 50), rand(2, 50)), dict(max_output=20, min_score=0.01), 0, 0),
+    "yolo_detect, v1": (mk.yolo_detect, (rand(2, 4, 4, 13),), dict(head="v1", boxes_per_cell=2, image_size=64, **YOLO), 0, 0),
+    "yolo_detect, v8": (mk.yolo_detect, (randn(2, 7, 60),), dict(head="v8", multi_label=True, **YOLO), 0, 0),
+}
+
+
+def results(device, op, args, options, grads):
+    """The tensors that the op returns, and the gradients of the first arguments and of what else wants one."""
+    args, options = tree_map(
+        lambda t: t.detach().to(device).requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t, (args, options)
+    )
+    leaves = [t.requires_grad_() for t in args[:grads]] + [t for t in options.values() if getattr(t, "requires_grad", False)]
+    fake_cuda.syncs.clear(), fake_cuda.launches.clear()
+    found = [t for t in tree_leaves(op(*args, **options)) if isinstance(t, torch.Tensor)]
+    if leaves:
+        weighed = (t * torch.linspace(0.5, 1.5, t.numel(), device=device).view(t.shape) for t in found if t.requires_grad)
+        found += torch.autograd.grad(sum(t.sum() for t in weighed), leaves)
+    waits = list(fake_cuda.syncs)
+    return [t.detach().cpu() for t in found], waits
+
+
+def ops():
+    assert {op.__name__ for op, *_ in OPS.values()} == {n for n in mk.__all__ if n.islower()} - {"info", "swap", "unswap", "swapped"}
+    for name, (op, args, options, grads, allowed) in OPS.items():
+        expected, _ = results("cpu", op, args, options, grads)
+        with fake_cuda.device:
+            found, waits = results("cuda", op, args, options, grads)
+        assert name == "merge_attention" or fake_cuda.launches, f"{name} launched nothing"
+        assert len(waits) == allowed, f"{name} waits for the device: {waits}"
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def models():
+    """A training step of each model: the losses and weights of the CPU, and nothing waits for the device."""
+    from minmodels.options import MODELS
+    from minmodels.train import Run
+
+    tiny = dict(n_layer=1, n_head=2, n_embd=32, batch_size=2, dtype="float32")
+    text = dict(tiny, block_size=16)
+    given = {
+        "bigram": dict(block_size=16, batch_size=2), "gpt": text, "adder": tiny, "transformer": dict(tiny, length=4),
+        "gpt1": dict(text, vocab_size=300), "minbert": dict(text, block_size=32, vocab_size=300),
+        "unet": dict(batch_size=1, width=4, depth=2, crop=32), "yolo": dict(batch_size=2, width=4, dtype="float32"),
+    }  # fmt: skip
+    for name, options in given.items():
+        run = Run(name, MODELS[name].options.of(dict(options, device="cpu")))
+        losses = [run.train_step()["loss"] for _ in range(2)]
+        with fake_cuda.device:
+            run = Run(name, MODELS[name].options.of(dict(options, device="cuda")))
+            fake_cuda.syncs.clear(), fake_cuda.launches.clear()
+            found = [run.train_step()["loss"] for _ in range(2)]
+            assert fake_cuda.launches, f"{name} launched nothing"
+            assert not fake_cuda.syncs, f"a step of {name} waits for the device: {Counter(fake_cuda.syncs)}"
+        for a, e in zip(found, losses, strict=True):
+            torch.testing.assert_close(a.cpu(), e, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def swapped():
+    """Models of others with our kernels in them: the losses and gradients that they have on the CPU without, and nothing waits."""
+    from torch import nn
+    from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+
+    from minkernels.swap import functional
+
+    functional.PLAIN = (*functional.PLAIN, fake_cuda.FakeCuda)  # the swap leaves other subclasses of Tensor alone
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    padding = torch.ones(2, 9, dtype=torch.int64)
+    padding[0, :3] = 0
+    text = dict(input_ids=randint(1, 64, (2, 9)), attention_mask=padding, labels=randint(1, 64, (2, 9)))
+    bert = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, tie_word_embeddings=False)
+    given = {
+        "nn.TransformerEncoderLayer": (nn.TransformerEncoderLayer(32, 2, 48, dropout=0.0), dict(src=randn(9, 2, 32))),
+        "Llama": (LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, use_cache=False)), text),
+        "BERT": (BertForMaskedLM(bert), text),
+    }
+    for name, (model, inputs) in given.items():
+        expected = trained(model, inputs)
+        with fake_cuda.device:
+            ours = model.to("cuda")
+            mk.swap(ours)
+            inputs = {key: t.to("cuda") for key, t in inputs.items()}
+            fake_cuda.syncs.clear(), fake_cuda.launches.clear()
+            found = trained(ours, inputs)
+            assert fake_cuda.launches, f"{name} launched nothing"
+            assert not fake_cuda.syncs, f"{name} waits for the device: {Counter(fake_cuda.syncs)}"
+        for a, e in zip(found, expected, strict=True):
+            torch.testing.assert_close(a.detach().cpu(), e.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def trained(model, inputs):
+    """Its loss, and the gradients of its parameters."""
+    model.zero_grad()
+    output = model(**inputs)
+    loss = output.square().mean() if isinstance(output, torch.Tensor) else output.loss
+    loss.backward()
+    return [loss, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def itself():
+    """The fake refuses what a GPU would refuse, and sees what it is there to see."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def write(To, n, BLOCK: tl.constexpr):
+        tl.store(To + tl.arange(0, BLOCK), 1.0, mask=tl.arange(0, BLOCK) < n)
+
+    with fake_cuda.device:
+        t = torch.empty(5, device="cuda")
+        assert t.is_cuda and t.cpu().isnan().all()
+        fake_cuda.syncs.clear()
+        for wait in (lambda: t[0].item(), lambda: t.cpu(), lambda: t[t > 0], lambda: t.nonzero(), lambda: bool(t.isnan().any())):
+            before = len(fake_cuda.syncs)
+            wait()
+            assert len(fake_cuda.syncs) == before + 1
+        write[(1,)](t, 5, BLOCK=8)
+        assert t.cpu().eq(1).all()
+        for wrong in (lambda: t + torch.ones(5), lambda: write[(1,)](t, 6, BLOCK=8), lambda: write[(1,)](torch.ones(5), 5, BLOCK=8)):
+            try:
+                wrong()
+            except (RuntimeError, ValueError):
+                continue
+            raise AssertionError("neither CPU tensors nor memory out of bounds were noticed")
+
+
+if __name__ == "__main__":
+    {"itself": itself, "ops": ops, "models": models, "swapped": swapped}[sys.argv[1]]()

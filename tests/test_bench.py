@@ -225,6 +225,16 @@ def test_gpu_dry_run(tmp_path, capsys, monkeypatch):
     assert "## minGPT step on cpu" in (tmp_path / "report.md").read_text()
 
 
+def test_gpu_steps_find_their_tests(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as if there were a GPU
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: name)
+    commands = {step.name: step.command for step in gpu.plan(tmp_path, dry_run=False)}
+    for name in ("tests", "sanitizer"):
+        pytest_alone = commands[name][commands[name].index(PYTHON) :]
+        subprocess.run([*pytest_alone, "--collect-only"], cwd=gpu.ROOT, check=True, stdout=subprocess.DEVNULL)  # 5: none
+
+
 def test_gpu_unknown_step(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         gpu.main(["--dry-run", "--out", str(tmp_path / "out"), "--only", "lunch"])

@@ -73,8 +73,8 @@ def _run(func, args, kwargs):
     down = to == "cpu" or (name == "aten::copy_" and not isinstance(args[0], FakeCuda))
     masked = name in MASKABLE and any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])
     if name in WAITS or (ours and down) or masked:
-        line = next(frame for frame in reversed(traceback.extract_stack()) if frame.filename != __file__ and "torch/" not in frame.filename)
-        syncs.append(f"{name} by {line.filename}:{line.lineno}")
+        lines = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack() if "torch/" not in frame.filename]
+        syncs.append(f"{name} by {([line for line in lines if not line.startswith(__file__)] or ['autograd'])[-1]}")
     args_, kwargs_ = tree_map(lambda t: t.values if isinstance(t, FakeCuda) else t, (args, kwargs | ({"device": "cpu"} if to else {})))
     with _disable_current_modes():
         result = func(*args_, **kwargs_)

@@ -1,7 +1,6 @@
 """Fixtures: the device, the instruction-set levels of the C++ kernels, a fixed seed. No environment variable is set for good."""
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -13,19 +12,10 @@ LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]  # csrc/ops/cpu/levels.h, wo
 
 
 def pytest_configure():
-    """Interpreted, the programs of a launch run one after another: here in random order, so that none may count on another's results."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime.interpreter import interpreter_builder as grid
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        import interpreted
 
-    set_grid_dim, set_grid_idx, order = grid.set_grid_dim, grid.set_grid_idx, {}
-
-    def shuffle(nx, ny, nz):
-        programs = [(x, y, z) for x in range(nx) for y in range(ny) for z in range(nz)]
-        order.update(zip(programs, random.Random(0).sample(programs, len(programs)), strict=True))
-        set_grid_dim(nx, ny, nz)
-
-    grid.set_grid_dim, grid.set_grid_idx = shuffle, lambda *program: set_grid_idx(*order[program])
+        interpreted.mend()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from minkernels.boxes import _triton  # noqa: E402  Triton reads TRITON_INTERPRE
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]  # NumPy on inf - inf
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # interpreted bfloat16 arithmetic is wrong
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 kinds = pytest.mark.parametrize("kind", KINDS)
 SHAPES = {  # leading dimensions, N, M; tiles are 8 x 32 and larger, sums are split into parts of 256 or more

@@ -16,7 +16,7 @@ from minkernels.nms import _triton  # noqa: E402  Triton reads TRITON_INTERPRET 
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # NumPy on inf - inf
 DEVICE = "cpu" if INTERPRETED else "cuda"
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (not INTERPRETED)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.fixture

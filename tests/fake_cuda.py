@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 from triton.runtime.interpreter import InterpretedFunction  # noqa: E402
 
+import interpreted  # noqa: E402
+
 CUDA = torch.device("cuda", 0)
 BAND = 256  # bytes before and behind fresh memory
 FRESH = {"aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided"}
@@ -127,10 +129,12 @@ def _impl(library, op, function, key="", **more):
     return _register(library, op, function, key, **more)
 
 
+interpreted.mend()
 _interpret, InterpretedFunction.run = InterpretedFunction.run, _launch
 _register, torch.library.Library.impl = torch.library.Library.impl, _impl
 torch.cuda._lazy_init = lambda: None
 torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: 0
 torch.cuda.device_of = lambda t: contextlib.nullcontext()
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(multi_processor_count=132, major=9, minor=0)

@@ -42,6 +42,7 @@ NMS = dict(iou_threshold=0.5, max_output=20)
 YOLO = dict(num_classes=3, score_threshold=0.1, **NMS)
 OPS = {  # op, arguments, options, how many of the first arguments have a gradient, how often the host may wait
     "attention": (mk.attention, qkv(), dict(causal=True), 3, 0),
+    "attention, bf16": (mk.attention, tuple(t.bfloat16() for t in qkv()), dict(causal=True), 3, 0),
     "attention, key_mask": (mk.attention, qkv(), dict(key_mask=rand(2, 20) > 0.3), 3, 0),
     "attention, kv_lens": (mk.attention, qkv(), dict(kv_lens=torch.tensor([3, 20])), 3, 0),
     "attention, mask": (mk.attention, qkv(), dict(mask=rand(2, 1, 20, 20) > 0.3), 3, 0),
@@ -52,6 +53,7 @@ OPS = {  # op, arguments, options, how many of the first arguments have a gradie
     "attention_varlen": (mk.attention_varlen, packed(), dict(causal=True, max_seqlen_q=8, max_seqlen_k=8), 3, 0),
     "merge_attention": (mk.merge_attention, (randn(2, 4, 8, 16), randn(2, 4, 8)) * 2, {}, 4, 0),
     "cross_entropy": (mk.cross_entropy, (randn(30, 37), labels(30)), {}, 1, 0),
+    "cross_entropy, bf16": (mk.cross_entropy, (randn(30, 37).bfloat16(), labels(30)), {}, 1, 0),
     "cross_entropy, none": (mk.cross_entropy, (randn(30, 37), labels(30)), dict(reduction="none", weight=rand(37), z_loss=0.1), 1, 0),
     "cross_entropy, probabilities": (mk.cross_entropy, (randn(30, 37), randn(30, 37).softmax(-1)), {}, 2, 0),
     "cross_entropy, positions": (mk.cross_entropy, (randn(2, 5, 6, 7), randint(5, (2, 6, 7))), dict(label_smoothing=0.1), 1, 0),
@@ -94,6 +96,11 @@ def results(device, op, args, options, grads):
     return [t.detach().cpu() for t in found], waits
 
 
+def near(name, found, expected, dtype=torch.float32):
+    rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-2, 1e-2)  # how near is for the kernels' tests to say
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}: {m}")
+
+
 def ops():
     assert {op.__name__ for op, *_ in OPS.values()} == {n for n in mk.__all__ if n.islower()} - {"info", "swap", "unswap", "swapped"}
     for name, (op, args, options, grads, allowed) in OPS.items():
@@ -103,7 +110,7 @@ def ops():
         assert name == "merge_attention" or fake_cuda.launches, f"{name} launched nothing"
         assert len(waits) == allowed, f"{name} waits for the device: {waits}"
         for a, e in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
+            near(name, a, e, args[0].dtype)
 
 
 def models():
@@ -114,7 +121,8 @@ def models():
     tiny = dict(n_layer=1, n_head=2, n_embd=32, batch_size=2, dtype="float32")
     text = dict(tiny, block_size=16)
     given = {
-        "bigram": dict(block_size=16, batch_size=2), "gpt": text, "adder": tiny, "transformer": dict(tiny, length=4),
+        "bigram": dict(block_size=16, batch_size=2), "gpt": dict(text, dtype="bfloat16"),
+        "adder": tiny, "transformer": dict(tiny, length=4),
         "gpt1": dict(text, vocab_size=300), "minbert": dict(text, block_size=32, vocab_size=300),
         "unet": dict(batch_size=1, width=4, depth=2, crop=32), "yolo": dict(batch_size=2, width=4, dtype="float32"),
     }  # fmt: skip
@@ -128,7 +136,7 @@ def models():
             assert fake_cuda.launches, f"{name} launched nothing"
             assert not fake_cuda.syncs, f"a step of {name} waits for the device: {Counter(fake_cuda.syncs)}"
         for a, e in zip(found, losses, strict=True):
-            torch.testing.assert_close(a.cpu(), e, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            near(name, a.cpu(), e, getattr(torch, run.options.dtype))
 
 
 def swapped():
@@ -160,7 +168,7 @@ def swapped():
             assert fake_cuda.launches, f"{name} launched nothing"
             assert not fake_cuda.syncs, f"{name} waits for the device: {Counter(fake_cuda.syncs)}"
         for a, e in zip(found, expected, strict=True):
-            torch.testing.assert_close(a.detach().cpu(), e.detach(), rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+            near(name, a.detach().cpu(), e.detach())
 
 
 def trained(model, inputs):

@@ -66,7 +66,7 @@ def _run(func, args, kwargs):
     if name.startswith("minkernels::"):
         _refuse(name, [t for t in tensors if not isinstance(t, FakeCuda)])
         with device:
-            return _kernels[name.removeprefix("minkernels::")](*args, *(a.default_value for a in func._schema.arguments[len(args) :]))
+            return _kernels[name.removeprefix("minkernels::")](*args, **kwargs)
     if func._can_decompose():
         with device:
             return func.decompose(*args, **kwargs)

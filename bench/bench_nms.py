@@ -82,10 +82,10 @@ def ours(boxes, scores, idxs):
     return minkernels.nms(boxes, scores, IOU) if idxs is None else minkernels.batched_nms(boxes, scores, idxs, IOU)
 
 
-def cuda_cpp():
+def cuda_cpp(name):
     if not _cuda.built():
         raise ImportError("the library was built without nvcc")
-    return _cuda
+    return getattr(_cuda, name)
 
 
 def greedy(boxes, scores, idxs):
@@ -96,7 +96,7 @@ def greedy(boxes, scores, idxs):
 
 IMPLS = {"minkernels": ours, "greedy-loop": greedy, "torchvision": installed("torchvision", torchvision)}
 IMPLS |= {"opencv": installed("opencv", opencv), "onnxruntime": installed("onnxruntime", onnxruntime)}
-CUDA_IMPLS = {"cuda-cpp": installed("csrc/ops/cuda", lambda: lambda *args: cuda_cpp().nms(*args, IOU))}
+CUDA_IMPLS = {"cuda-cpp": installed("csrc/ops/cuda", lambda: partial(cuda_cpp("nms"), iou_threshold=IOU))}
 SIZES = [("clusters", 1000, 80), ("clusters", 10_000, 1), ("clusters", 10_000, 80), ("clusters", 50_000, 80), ("uniform", 50_000, 80)]
 CASES = {
     "cpu": [*(Case(*size) for size in SIZES), Case("sparse", 50_000, 1), Case("clusters", 200_000, 1)],
@@ -164,7 +164,7 @@ def bench_padded(timed, device, case, impl):
             return loop(lambda *one: plain_nms.nms_per_class(*one, IOU), *(t.cpu() for t in args))
 
         table = {name: partial(loop, f, *args) for name, f in (IMPLS | CUDA_IMPLS).items()}
-        cuda = installed("csrc/ops/cuda", lambda: cuda_cpp().nms_padded)
+        cuda = installed("csrc/ops/cuda", lambda: cuda_cpp("nms_padded"))
         table |= {"minkernels": partial(padded, *args), "cuda-cpp": lambda: cuda(*args, IOU, 0.25, 300, False)[0]}
         return table, lambda indices: different(numbered(indices), numbered(exact()))
 

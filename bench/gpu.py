@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 12  # processes that run tests: most of their time is Triton compiling
 GRACE = 15.0  # seconds for a step to write down what it has, once it is told to stop
 TESTS = ["-m", "gpu or interpret", "-q", "-p", "no:cacheprovider"]
-SANITIZED = [*(f"tests/test_{name}_triton.py" for name in ("attention", "cross_entropy", "nms", "segmentation")), *TESTS]
-SANITIZED += ["-k", "ragged or test_stats or test_dice or tiles_as_they_are"]
+SANITIZED = [f"tests/test_{name}_triton.py" for name in ("attention", "cross_entropy", "nms", "segmentation")]
+SANITIZED += [*TESTS, "-k", "ragged or test_stats or test_dice or tiles_as_they_are"]
 
 
 @dataclass

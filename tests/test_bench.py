@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from bench import gpu, report, timing
+from bench import bench_nms, gpu, report, timing
 
 ROOT = gpu.ROOT
 QUICK = ["--tiny", "--compile=none", "--device=cpu", "--benchmark-min-rounds=4", "--benchmark-max-time=0.001"]
@@ -233,6 +233,12 @@ def test_gpu_steps_find_their_tests(tmp_path, monkeypatch):
     for name in ("tests", "sanitizer"):
         pytest_alone = commands[name][commands[name].index(PYTHON) :]
         subprocess.run([*pytest_alone, "--collect-only"], cwd=gpu.ROOT, check=True, stdout=subprocess.DEVNULL)  # 5: none
+
+
+def test_rows_of_cuda_cpp_are_skipped_without_it(monkeypatch):
+    monkeypatch.setattr(bench_nms._cuda, "built", lambda: False)
+    with pytest.raises(pytest.skip.Exception, match="without nvcc"):
+        bench_nms.CUDA_IMPLS["cuda-cpp"](torch.rand(3, 4), torch.rand(3), None)
 
 
 def test_gpu_unknown_step(tmp_path, capsys):

@@ -68,7 +68,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         bench("cross-entropy", ["bench/bench_cross_entropy.py"], 30, 90),
         bench("linear-cross-entropy", ["bench/bench_linear_cross_entropy.py"], 30, 60),
         bench("attention-fwd-bwd", ["bench/bench_attention.py::bench_fwd_bwd"], 40, 150),
-        bench("attention-decode", ["bench/bench_attention.py::bench_decode"], 20, 30),
+        bench("attention-decode", ["bench/bench_attention.py::bench_decode", "bench/bench_merge.py"], 20, 60),
         bench("segmentation", ["bench/bench_segmentation.py"], 30, 60),
         bench("boxes", ["bench/bench_boxes.py"], 30, 60),
         bench("nms", ["bench/bench_nms.py"], 30, 60),

@@ -109,9 +109,31 @@ def bce_dice_loss(input: Tensor, target: Tensor) -> Tensor:
 def iou_match(boxes: Tensor, gts: Tensor, *, fmt: str = "xyxy") -> IoUMatch:
     """boxes (..., N, 4), gts (..., G, 4), "xyxy" or "cxcywh" -> best_iou and best_gt (..., N), gt_best_iou and gt_best_box (..., G)."""
     if fmt == "cxcywh":
-        boxes, gts = (torch.cat((t[..., :2] - t[..., 2:] / 2, t[..., :2] + t[..., 2:] / 2), -1) for t in (boxes, gts))
+        boxes, gts = _corners(boxes), _corners(gts)
     iou = _iou(_wide(boxes.detach()), _wide(gts.detach()))
     return IoUMatch(*iou.max(-1), *iou.max(-2))
+
+
+@_or_fused
+def yolo_loss(
+    pred: Tensor, boxes: Tensor, classes: Tensor, *, boxes_per_cell: int, coord: float = 5.0, noobj: float = 0.5
+) -> Tensor:
+    """pred (N, K, K, B*5 + C), boxes (N, K, K, 4), classes (N, K, K), -1 where there is no object -> the mean over the images."""
+    pred, cells = _wide(pred), pred.shape[1]
+    box, conf = pred[..., : 5 * boxes_per_cell].unflatten(-1, (boxes_per_cell, 5)).split((4, 1), -1)  # (N, K, K, B, 4 and 1)
+    truth, has, conf = boxes[..., None, :], classes >= 0, conf[..., 0]
+
+    guess = torch.cat((box[..., :2] / cells, box[..., 2:].square()), -1).detach()  # as parts of the image, from the cell's corner
+    known = torch.cat((truth[..., :2] / cells, truth[..., 2:]), -1)
+    iou, best = _iou(_corners(guess), _corners(known))[..., 0].max(-1)
+    mine = torch.arange(boxes_per_cell, device=pred.device) == best[..., None]
+    mine &= has[..., None]  # (N, K, K, B)
+
+    where = (box - torch.cat((truth[..., :2], truth[..., 2:].sqrt()), -1)).square().sum(-1).where(mine, 0.0)
+    sure = (conf - iou[..., None].where(mine, 0.0)).square() * torch.where(mine, 1.0, noobj)
+    one_hot = classes[..., None] == torch.arange(pred.shape[-1] - 5 * boxes_per_cell, device=pred.device)
+    kind = (pred[..., 5 * boxes_per_cell :] - one_hot.to(pred.dtype)).square().sum(-1).where(has, 0.0)
+    return (coord * where.sum() + sure.sum() + kind.sum()) / len(pred)
 
 
 @_or_fused
@@ -148,6 +170,11 @@ def yolo_detect(
         n, which, classes = len(kept), which[kept], classes[kept]
         out.boxes[i, :n], out.scores[i, :n], out.classes[i, :n], out.counts[i] = corners[i, which], best[which, classes], classes, n
     return out
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    """x y w h, of the centre -> x1 y1 x2 y2."""
+    return torch.cat((boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2), -1)
 
 
 def _iou(a: Tensor, b: Tensor) -> Tensor:

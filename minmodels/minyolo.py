@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from minmodels.kernels import iou_match
+from minmodels.kernels import yolo_loss
 
 
 @dataclass(frozen=True)
@@ -54,36 +54,10 @@ class YOLO(nn.Module):
         self.head = nn.Conv2d(8 * w, 5 * config.boxes + config.classes, 1)
 
     def forward(self, x: Tensor, boxes: Tensor | None = None, classes: Tensor | None = None) -> Tensor:
-        """(N, in_channels, 16 K, 16 K) -> (N, K, K, B*5 + C); with boxes and classes, as encode() gives them, the loss, a scalar."""
+        """(N, in_channels, 16 K, 16 K) -> (N, K, K, B*5 + C); with boxes and classes, as encode() gives them, the paper's loss."""
         x = x.to(memory_format=torch.channels_last)  # faster convolutions, on CPUs too
         pred = self.head(self.backbone(x)).permute(0, 2, 3, 1)
-        return pred if boxes is None else yolo_loss(pred, boxes, classes, self.config.boxes)
-
-
-def yolo_loss(pred: Tensor, boxes: Tensor, classes: Tensor, num_boxes: int, *, coord: float = 5.0, noobj: float = 0.5) -> Tensor:
-    """Equation 3 of the paper, a mean over the images: coord times the squared errors of centres and of square roots of sizes, of the
-    responsible box alone, which is the one with the highest IoU; of the confidences, against that IoU, or against 0 and noobj times
-    where a box is not responsible; and of the classes of cells with an object.
-
-    pred: (N, K, K, B*5 + C). boxes: (N, K, K, 4) x y w h, the centre in its cell and the sizes as parts of the image, where classes
-    (N, K, K), 0 to C - 1, is not -1: there a cell has no object.
-    """
-    pred, cells = pred.to(torch.promote_types(pred.dtype, torch.float32)), pred.shape[1]
-    box, conf = pred[..., : 5 * num_boxes].unflatten(-1, (num_boxes, 5)).split((4, 1), -1)  # (N, K, K, B, 4 and 1)
-    truth, has, conf = boxes[..., None, :], classes >= 0, conf[..., 0]
-
-    guess = torch.cat((box[..., :2] / cells, box[..., 2:].square()), -1).detach()  # as parts of the image, from the cell's corner
-    known = torch.cat((truth[..., :2] / cells, truth[..., 2:]), -1)
-    match = iou_match(guess.flatten(0, 2), known.flatten(0, 2), fmt="cxcywh")
-    iou, best = (t.view(has.shape) for t in (match.gt_best_iou, match.gt_best_box))
-    mine = torch.arange(num_boxes, device=pred.device) == best[..., None]
-    mine &= has[..., None]  # (N, K, K, B)
-
-    where = (box - torch.cat((truth[..., :2], truth[..., 2:].sqrt()), -1)).square().sum(-1)
-    sure = (conf - iou[..., None] * mine).square() * torch.where(mine, 1.0, noobj)
-    one_hot = classes[..., None] == torch.arange(pred.shape[-1] - 5 * num_boxes, device=pred.device)
-    kind = (pred[..., 5 * num_boxes :] - one_hot.to(pred.dtype)).square().sum(-1)
-    return (coord * (where * mine).sum() + sure.sum() + (kind * has).sum()) / len(pred)
+        return pred if boxes is None else yolo_loss(pred, boxes, classes, boxes_per_cell=self.config.boxes)
 
 
 def encode(boxes: Tensor, classes: Tensor, cells: int) -> tuple[Tensor, Tensor]:

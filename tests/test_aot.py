@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 aot = pytest.importorskip("aot", reason="needs Triton")
 
 from minkernels.attention import _triton as attention  # noqa: E402
+from minkernels.attention import _triton_merge as merge_attention  # noqa: E402
 from minkernels.attention._options import Options  # noqa: E402
 from minkernels.boxes import _triton as boxes  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
@@ -20,6 +21,7 @@ from minkernels.nms import _triton as nms  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
 from minkernels.soft_nms import _triton as soft_nms  # noqa: E402
 from minkernels.yolo import _triton as yolo  # noqa: E402
+from minkernels.yolo import _triton_loss as yolo_loss  # noqa: E402
 from minkernels.yolo._options import Options as YoloOptions  # noqa: E402
 
 EVERY = os.environ.get("AOT") == "all"  # `make aot`: the less common targets and head dims too
@@ -84,6 +86,18 @@ def test_attention_options(target, dims, dtype, monkeypatch, tmp_path):
     )  # fmt: skip
     kernels = compile_attention(target, dims, dtype, options, monkeypatch, batch=2)
     check(kernels, target, tmp_path, dtype, ["_fwd_kernel", "_dq_kernel", "_dkdv_kernel", "_dbias_kernel"])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("D", [128] + [80, 576] * EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_merge_attention(target, D, dtype, tmp_path):
+    """A float32 sum and parts in dtype."""
+    tensors = torch.empty(1, 2, 64, D), torch.empty(1, 2, 64), torch.empty(1, 2, 64, D, dtype=dtype), torch.empty(1, 2, 64)
+    with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+        out, lse = merge_attention.fwd(*tensors)
+        merge_attention.bwd(out, lse, *tensors)
+    check(kernels, target, tmp_path, dtype, ["_fwd_kernel", "_bwd_kernel"])
 
 
 @pytest.mark.parametrize("lengths", ["kv_lens", "cu_seqlens"])
@@ -295,3 +309,20 @@ def test_yolo(target, head, dtype, tmp_path):
         first = choice if multi_label else ["_best_kernel"]
         check(own, target, tmp_path, dtype, [*first, "_candidate_kernel", "_result_kernel"])
         check_exact(own, ["_candidate_kernel"] if head == "v1" else [])
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("B", [2] + [8] * EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_yolo_loss(target, B, dtype, tmp_path):
+    """The responsible box is one of several by IEEE quotients; the classes are checked. As convolutions give it, in both memory formats."""
+    boxes, classes, channels = torch.empty(2, 28, 28, 4), torch.zeros(2, 28, 28, dtype=torch.int64), 5 * B + 80
+    for pred in (torch.empty(2, 28, 28, channels, dtype=dtype), torch.empty(2, channels, 28, 28, dtype=dtype).permute(0, 2, 3, 1)):
+        with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
+            yolo_loss.loss_fwd(pred, boxes, classes, B, 5.0, 0.5, "mean")
+            yolo_loss.loss_bwd(torch.empty(()), pred, boxes, classes, B, 5.0, 0.5, "mean")
+        check(kernels, target, tmp_path, dtype, ["_loss_kernel"] * 2)
+        check_exact(kernels, ["_loss_kernel"])
+        for kernel in kernels:
+            if "ptx" in kernel.asm:
+                assert "assertfail" in kernel.asm["ptx"] and "sqrt.approx" not in kernel.asm["ptx"]

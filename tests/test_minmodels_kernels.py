@@ -65,6 +65,11 @@ def yolo(multi_label, most):
     return kernels.yolo_detect, [torch.rand(3, 4, 4, 13)], {"head": "v1", "multi_label": multi_label, "max_output": most, **sizes}
 
 
+def cells():
+    targets = dict(boxes=torch.rand(2, 4, 4, 4), classes=torch.randint(-1, 3, (2, 4, 4)))  # which have no gradient
+    return kernels.yolo_loss, [torch.rand(2, 4, 4, 13)], {**targets, "boxes_per_cell": 2, "noobj": 0.3}
+
+
 CASES = {
     "attention": lambda: attention(False, 7, None),
     "attention-causal": lambda: attention(True, 7, None),
@@ -81,6 +86,7 @@ CASES = {
     "bce-dice-classes": lambda: dice(4),
     "iou-match": lambda: match("xyxy"),
     "iou-match-cxcywh": lambda: match("cxcywh"),
+    "yolo-loss": cells,
     "yolo-detect": lambda: yolo(False, 100),
     "yolo-detect-multi-label": lambda: yolo(True, 100),
     "yolo-detect-cut-off": lambda: yolo(True, 5),

@@ -1,7 +1,8 @@
 """Fused kernels for PyTorch: attention, cross-entropy and segmentation losses, on GPUs (Triton) and on CPUs (C++)."""
 
 from minkernels._info import info
-from minkernels.attention.ops import attention, attention_varlen, merge_attention
+from minkernels.attention.merge import merge_attention
+from minkernels.attention.ops import attention, attention_varlen
 from minkernels.boxes.ops import IoUMatch, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, iou_loss, iou_match
 from minkernels.cross_entropy.ops import TokenLogprobs, cross_entropy, token_logprobs
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy, linear_token_logprobs
@@ -10,7 +11,7 @@ from minkernels.segmentation.ops import bce_dice_loss, bce_with_logits, sigmoid_
 from minkernels.soft_nms.ops import RescoredNMS, matrix_nms, soft_nms
 from minkernels.swap.api import swap, swapped, unswap
 from minkernels.swap.changes import SwapReport
-from minkernels.yolo.ops import Detections, yolo_detect
+from minkernels.yolo.ops import Detections, yolo_detect, yolo_loss
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,4 +47,5 @@ __all__ = [
     "token_logprobs",
     "unswap",
     "yolo_detect",
+    "yolo_loss",
 ]

@@ -36,6 +36,14 @@ def check_floats(name: str, t):
         raise TypeError(f"float64 runs on the CPU only, got {name} on {t.device}")
 
 
+def check_constant(name: str, t: Tensor, input_name: str, input: Tensor):
+    """t goes with input and has no gradient."""
+    if t.device != input.device:
+        raise TypeError(f"{name} is on {t.device}, but {input_name} is on {input.device}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and there is none for it: detach it")
+
+
 def check_reduction(reduction):
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")

@@ -48,6 +48,14 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def traceable(*args):
+    """args; in a graph of a functorch transform, with views for its tensors: of what such a transform is given itself, torch.compile says
+    that it requires no gradient, and needs_grad() would believe it."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
+    return args
+
+
 def apply(function: type[torch.autograd.Function], *args):
     """function.apply(*args). In plain eager mode without its inspect.signature(), which takes longer than a small kernel."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

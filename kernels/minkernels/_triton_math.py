@@ -8,6 +8,7 @@ LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) == exp2(x * LOG2E), and exp2 
 INF = tl.constexpr(float("inf"))
 EXACT = dict(enable_fp_fusion=False)  # of a launch whose results have the bits of the CPU's
 FUSED = dict(enable_fp_fusion=True)  # of a launch whose last bits nobody compares; left unsaid it changes with Triton 3.10
+ASSERT = dict(debug=True, sanitize_overflow=False)  # of a launch: keeps its device asserts, and adds no other
 
 
 def registers(num_warps):

@@ -1,5 +1,5 @@
 // yolo_detect on CPU tensors: candidates found in blocks of places, cut to the most that are wanted, decoded; and, when NMS has chosen,
-// the results. The filter is in yolo_kernel.h.
+// the results. The filter is in yolo_kernel.h. And yolo_loss, whose arithmetic is in yolo_loss.h.
 #include "yolo.h"
 
 #include <cmath>
@@ -10,6 +10,7 @@
 
 #define KERNEL "yolo_kernel.h"
 #include "levels.h"
+#include "yolo_loss.h"
 
 namespace minkernels {
 
@@ -146,6 +147,70 @@ static void yolo_detections(Tensor boxes, Tensor scores, Tensor classes, Tensor 
                                                                                        out_scores, out_classes);
 }
 
+static YoloLoss yolo_loss_of(const Tensor& pred, const Tensor& boxes, const Tensor& classes, int64_t boxes_per_cell, double coord,
+                             double noobj) {
+  YoloLoss x{(const char*)pred.data_ptr(),
+             {},
+             (const char*)boxes.data_ptr(),
+             (const int64_t*)classes.data_ptr(),
+             pred.size(0),
+             pred.size(1),
+             boxes_per_cell,
+             pred.size(3) - 5 * boxes_per_cell,
+             coord,
+             noobj};
+  for (int i = 0; i < 4; i++) x.pred_strides[i] = pred.stride(i);
+  return x;
+}
+
+// f(errors, image) for every image, where errors is a YoloErrors of pred's type.
+template <class F>
+static void each_image(const YoloLoss& x, Dtype dtype, const F& f) {
+  const int64_t threads = x.N * x.cells() < 4096 ? 1 : INT64_MAX;  // below, one is done before another begins
+  const auto run = [&](auto errors) { run_tasks(x.N, 0, [&](int64_t n, char*) { f(errors, n); }, threads); };
+  switch (dtype) {
+    case Dtype::f16: return run(YoloErrors<half>{x});
+    case Dtype::bf16: return run(YoloErrors<bfloat16>{x});
+    case Dtype::f32: return run(YoloErrors<float>{x});
+    default: return run(YoloErrors<double>{x});
+  }
+}
+
+static void put(const Tensor& t, int64_t i, double value) {
+  dtype_of(t) == Dtype::f64 ? void(((double*)t.data_ptr())[i] = value) : void(((float*)t.data_ptr())[i] = float(value));
+}
+static double get(const Tensor& t, int64_t i) {
+  i *= t.dim() ? t.stride(0) : 0;
+  return dtype_of(t) == Dtype::f64 ? ((const double*)t.data_ptr())[i] : ((const float*)t.data_ptr())[i];
+}
+
+// loss: (N,), or () where it is a sum, times factor. Returns the first of all cells whose class is none, or -1.
+static int64_t yolo_loss_fwd(Tensor pred, Tensor boxes, Tensor classes, int64_t boxes_per_cell, double coord, double noobj, double factor,
+                             Tensor loss) {
+  YoloLoss x = yolo_loss_of(pred, boxes, classes, boxes_per_cell, coord, noobj);
+  std::vector<double> sums(x.N);
+  std::vector<int64_t> bad(x.N);
+  each_image(x, dtype_of(pred), [&](const auto& errors, int64_t n) { bad[n] = errors.loss(n, sums[n]); });
+  double total = 0;
+  for (int64_t n = 0; n < x.N; n++) {
+    if (bad[n] >= 0) return n * x.cells() + bad[n];
+    total += sums[n];  // in the order of the images
+    if (loss.dim()) put(loss, n, sums[n]);
+  }
+  if (!loss.dim()) put(loss, 0, total * factor);
+  return -1;
+}
+
+// dloss: (N,) or (), which is multiplied by factor. grad: zeros.
+static void yolo_loss_bwd(Tensor dloss, Tensor pred, Tensor boxes, Tensor classes, int64_t boxes_per_cell, double coord, double noobj,
+                          double factor, Tensor grad) {
+  YoloLoss x = yolo_loss_of(pred, boxes, classes, boxes_per_cell, coord, noobj);
+  int64_t strides[4];
+  for (int i = 0; i < 4; i++) strides[i] = grad.stride(i);
+  char* to = (char*)grad.data_ptr();
+  each_image(x, dtype_of(pred), [&](const auto& errors, int64_t n) { errors.gradient(n, get(dloss, n) * factor, to, strides); });
+}
+
 }  // namespace minkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
@@ -155,8 +220,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def(
       "_yolo_detections(Tensor boxes, Tensor scores, Tensor classes, Tensor indices, bool logits, Tensor(a!) out_boxes, "
       "Tensor(b!) out_scores, Tensor(c!) out_classes) -> ()");
+  m.def(  // boxes in the arithmetic's dtype and classes int64, contiguous
+      "_yolo_loss_fwd(Tensor pred, Tensor boxes, Tensor classes, int boxes_per_cell, float coord, float noobj, float factor, "
+      "Tensor(a!) loss) -> int");
+  m.def(
+      "_yolo_loss_bwd(Tensor dloss, Tensor pred, Tensor boxes, Tensor classes, int boxes_per_cell, float coord, float noobj, "
+      "float factor, Tensor(a!) grad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
   m.impl("_yolo_candidates", TORCH_BOX(&minkernels::yolo_candidates));
   m.impl("_yolo_detections", TORCH_BOX(&minkernels::yolo_detections));
+  m.impl("_yolo_loss_fwd", TORCH_BOX(&minkernels::yolo_loss_fwd));
+  m.impl("_yolo_loss_bwd", TORCH_BOX(&minkernels::yolo_loss_bwd));
 }

@@ -1,11 +1,13 @@
-"""How attention is fast on a CPU: csrc/ops/cpu/attention_kernel.h."""
+"""How attention is fast on a CPU: csrc/ops/cpu/attention_kernel.h and merge_kernel.h."""
 
 import torch
 
-from minkernels.attention._options import grads_like, sinks_grad
+from minkernels.attention._options import grads_like, merge_like, row_deltas, sinks_grad
 
 fwd = torch.ops.minkernels.attention_fwd.default  # C++ alone
 _bwd = torch.ops.minkernels._attention_bwd.default
+_merge_fwd = torch.ops.minkernels._merge_fwd.default
+_merge_bwd = torch.ops.minkernels._merge_bwd.default
 
 
 def bwd(do, dlse, q, k, v, o, lse, *options):
@@ -20,5 +22,18 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     if bias_grad:
         grads[3].copy_(dbias.sum_to_size(bias.shape))
     if sinks is not None:
-        grads[4].copy_(sinks_grad(do, o, lse, dlse, sinks))
+        grads[4].copy_(sinks_grad(row_deltas(do, o, dlse, sinks.dtype), lse, sinks))
+    return grads
+
+
+def merge_fwd(out1, lse1, out2, lse2):
+    out, lse = merge_like(out1, lse1)
+    _merge_fwd(out1, lse1.contiguous(), out2, lse2.contiguous(), out, lse)
+    return out, lse
+
+
+def merge_bwd(dout, dlse, out1, lse1, out2, lse2):
+    dlse = dlse if dlse is None else dlse.contiguous()
+    grads = merge_like(out1, lse1, out2, lse2)
+    _merge_bwd(dout, dlse, out1, lse1.contiguous(), out2, lse2.contiguous(), *grads)
     return grads

@@ -58,11 +58,21 @@ def grads_like(q, k, v, bias, sinks, bias_grad):
     return *(torch.empty_like(t) for t in (q, k, v)), dbias, dsinks
 
 
-def sinks_grad(do, o, lse, dlse, sinks):
-    """-sum(p_sink * (delta - dlse)): a sink is a key whose value is 0, so only lse knows it."""
-    delta = (do.to(sinks.dtype) * o).sum(-1)
+def merge_like(*tensors):
+    """Empty tensors like outs (B, H, M, Dv), dense in their order, and lses (B, H, M), contiguous."""
+    return tuple(torch.empty_like(t) if t.dim() == 4 else t.new_empty(t.shape) for t in tensors)
+
+
+def row_deltas(do, o, dlse, dtype):
+    """delta of each query, in dtype: do . o - dlse."""
+    delta = (do.to(dtype) * o).sum(-1)
+    return delta if dlse is None else delta - dlse
+
+
+def sinks_grad(delta, lse, sinks):
+    """-sum(p_sink * delta): a sink is a key whose value is 0, so only lse knows it."""
     p = (sinks[:, None] - lse).exp().masked_fill(lse == float("-inf"), 0.0)
-    return -(p * (delta if dlse is None else delta - dlse)).sum((0, 2)).to(sinks.dtype)
+    return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def check_lengths(q, k, x):

@@ -10,8 +10,8 @@ import math
 import torch
 import triton
 
-from minkernels._triton_math import FUSED
-from minkernels.attention._options import Options, grads_like, like, lse_like, sinks_grad
+from minkernels._triton_math import ASSERT, FUSED
+from minkernels.attention._options import Options, grads_like, like, lse_like, row_deltas, sinks_grad
 from minkernels.attention._triton_bwd import _dbias_kernel, _dkdv_kernel, _dq_kernel
 from minkernels.attention._triton_fwd import _fwd_kernel, _merge_kernel
 
@@ -123,7 +123,8 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
         if shared:
             _dbias(dbias, do, q, k, v, *kept, x, strides, numbers)
     if x.sinks is not None:
-        dsinks.copy_(sinks_grad(do, o, lse, dlse, x.sinks))
+        deltas = row_deltas(do, o, dlse, x.sinks.dtype) if pad else delta[:, :, :rows]  # of packed sequences they lie apart
+        dsinks.copy_(sinks_grad(deltas, lse, x.sinks))
     return dq, dk, dv, dbias, dsinks
 
 
@@ -206,7 +207,7 @@ def _config(kernel, q, Dv, x):
     if (kernel == "dq" and arch in ("sm_86", "sm_89")) or (q.dtype == torch.float32 and kernel != "dbias" and not arch.startswith("gfx")):
         options["maxnreg"] = 255  # all there are; else ptxas spills here, to make room for programs that never come; dbias spills with it
     if x.kv_lens is not None or x.cu_seqlens_q is not None:
-        options |= dict(debug=True, sanitize_overflow=False)  # keeps the device asserts of sequence(), and adds no other
+        options |= ASSERT  # on the lengths
     return dict(DIMS=DIMS, VDIMS=VDIMS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N) | options
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import FLOATS, check_number, check_tensor
-from minkernels._library import apply, define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.attention import reference
 from minkernels.attention._options import SCHEMA, Options, check_lengths, grads_like, like, lse_like
 
@@ -106,34 +106,12 @@ def attention_varlen(
     return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
 
 
-def merge_attention(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from the attention over each: for ring attention, shared prefixes, and long caches.
-
-    Args: out1, out2: (..., Dv); lse1, lse2: their log-sum-exp, out.shape[:-1], from return_lse=True.
-    Returns: (out, lse) as if computed in one call, out in out1's dtype; differentiable in all four. A sink must be in one of them only.
-    Raises: ValueError if the shapes do not agree; TypeError if something is no float tensor.
-    """
-    for name, t, shape in (("out1", out1, None), ("lse1", lse1, -1), ("out2", out2, 0), ("lse2", lse2, -1)):
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            raise TypeError(f"{name} must be a float tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-        expected = t.shape if shape is None else out1.shape if shape == 0 else out1.shape[:-1]
-        if t.shape != expected:
-            raise ValueError(f"{name} must be {tuple(expected)} to fit out1 {tuple(out1.shape)}, got {tuple(t.shape)}")
-    top = torch.maximum(lse1, lse2).detach()
-    top = top.masked_fill(top == float("-inf"), 0.0)  # no key in either: avoid inf - inf
-    w1, w2 = (lse1 - top).exp(), (lse2 - top).exp()
-    total = w1 + w2
-    empty = total == 0
-    total = total.masked_fill(empty, 1.0)
-    out = (w1 / total)[..., None] * out1 + (w2 / total)[..., None] * out2
-    return out.to(out1.dtype), (total.log() + top).masked_fill(empty, float("-inf"))
-
-
 def _attend(q, k, v, return_lse, options):
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    args = traceable(q, k, v, *options)
     try:
-        o, lse = apply(_Attention, q, k, v, *options) if needs_grad(q, k, v, options.bias, options.sinks) else _fwd(q, k, v, *options)
+        o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
     except RuntimeError:
         if q.device.type == "cpu":  # C++ can only raise this one
             check_lengths(q, k, options)

@@ -2,7 +2,7 @@
 
 import torch
 
-from minkernels.attention._options import Options, check_lengths, grads_like, like, lse_like, sinks_grad
+from minkernels.attention._options import Options, check_lengths, grads_like, like, lse_like, row_deltas, sinks_grad
 
 
 def fwd(q, k, v, *options):
@@ -22,14 +22,13 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     s, slope, p_drop = _scores(q, k_, x)
     p = _probs(s, lse.to(s.dtype))
     do_, o_, q_, k_, v_ = (t.to(p.dtype) for t in (do, o, q, k_, v_))
-    delta = (do_ * o_).sum(-1)  # equals (p * dp).sum(-1), without the M x N dp
-    delta = delta if dlse is None else delta - dlse
+    delta = row_deltas(do_, o_, dlse, p.dtype)  # do . o equals (p * dp).sum(-1), without the M x N dp
     ds = p * (p_drop * (do_ @ v_.mT) - delta[..., None])
     grads = grads_like(q, k, v, x.bias, x.sinks, bias_grad)
     if bias_grad:
         grads[3].copy_(ds.sum_to_size(x.bias.shape))
     if x.sinks is not None:
-        grads[4].copy_(sinks_grad(do, o, lse, dlse, x.sinks))
+        grads[4].copy_(sinks_grad(delta, lse, x.sinks))
     ds = ds * slope * x.scale
     dk, dv = ((t.mT @ g).unflatten(1, (-1, group)).sum(2) for t, g in ((ds, q_), (p * p_drop, do_)))
     for t, g in zip(grads, (ds @ k_, dk, dv), strict=False):
@@ -116,3 +115,29 @@ def philox(seed, c0, c1, c2):
         c = [high[1] ^ c[1] ^ key[0], products[1] & low, high[0] ^ c[3] ^ key[1], products[0] & low]
         key = [key[0] + 0x9E3779B9 & low, key[1] + 0xBB67AE85 & low]
     return c
+
+
+def merge_fwd(out1, lse1, out2, lse2):
+    w1, w2, lse = _weights(lse1, lse2)
+    out = torch.where(w1 != 0, w1 * out1, 0.0) + torch.where(w2 != 0, w2 * out2, 0.0)
+    return torch.empty_like(out1).copy_(out), lse
+
+
+def merge_bwd(dout, dlse, out1, lse1, out2, lse2):
+    w1, w2, _ = _weights(lse1, lse2)
+    s = torch.where((w1 != 0) & (w2 != 0), dout * (out1.to(lse1.dtype) - out2), 0.0).sum(-1)
+    dlse = torch.zeros_like(s) if dlse is None else dlse
+    douts = (torch.empty_like(out).copy_(torch.where(w != 0, w * dout, 0.0)) for w, out in ((w1, out1), (w2, out2)))
+    w1, w2 = w1[..., 0], w2[..., 0]
+    dlse1, dlse2 = torch.where(w1 != 0, w1 * (dlse + w2 * s), 0.0), torch.where(w2 != 0, w2 * (dlse - w1 * s), 0.0)
+    return next(douts), dlse1, next(douts), dlse2
+
+
+def _weights(lse1, lse2):
+    """(..., 1) the share of each part; 0 of one that saw no key. And lse."""
+    top = torch.maximum(lse1, lse2)
+    none = top == float("-inf")
+    e = torch.where(none, 0.0, -(lse1 - lse2).abs()).exp()
+    large, small, lse = 1 / (1 + e), e / (1 + e), torch.where(none, top, top + e.log1p())
+    w1, w2 = torch.where(lse1 >= lse2, large, small), torch.where(lse1 >= lse2, small, large)
+    return *(torch.where(none, 0.0, w)[..., None] for w in (w1, w2)), lse

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import FLOATS, check_floats, check_number, check_reduction, check_tensor
-from minkernels._library import apply, define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.boxes import reference
 from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
 
@@ -128,14 +128,14 @@ def iou_loss(
     _check_name("fmt", fmt, FORMATS)
     check_reduction(reduction)
     _check_eps(eps)
-    args = input, target, kind, fmt, float(eps), reduction
-    return apply(_Loss, *args) if needs_grad(input, target) else _iou_loss_fwd(*args)
+    args = traceable(input, target, kind, fmt, float(eps), reduction)
+    return apply(_Loss, *args) if needs_grad(*args[:2]) else _iou_loss_fwd(*args)
 
 
 def _pairs(boxes1, boxes2, kind, fmt, eps):
     boxes1, boxes2 = _two_sets("boxes1", boxes1, "boxes2", boxes2, fmt)
-    args = boxes1, boxes2, kind, fmt, eps
-    return apply(_Pairs, *args) if needs_grad(boxes1, boxes2) else _box_pairs_fwd(*args)
+    args = traceable(boxes1, boxes2, kind, fmt, eps)
+    return apply(_Pairs, *args) if needs_grad(*args[:2]) else _box_pairs_fwd(*args)
 
 
 def _two_sets(name1, boxes1, name2, boxes2, fmt):

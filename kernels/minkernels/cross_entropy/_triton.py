@@ -9,7 +9,7 @@ import functools
 import torch
 import triton
 
-from minkernels._triton_math import FUSED, registers
+from minkernels._triton_math import ASSERT, FUSED, registers
 from minkernels.cross_entropy._options import Options, is_labels, new_loss, new_stats, per_row, row_weights, saved_stats, weighted
 from minkernels.cross_entropy._triton_kernels import PARTIAL, _grad_kernel, _merge_kernel, _scale_kernel, _stats_kernel
 
@@ -18,7 +18,6 @@ TILE = 4096  # elements of a tile that is one of many
 SIDE_BY_SIDE = 32  # positions at least, 64 bytes of 16-bit logits, in a tile whose positions lie side by side
 MOST_PARTS = 128
 SCALE_PROGRAMS = 1024  # enough to fill a GPU, few enough to end at once where there is nothing to do
-ASSERT = dict(debug=True, sanitize_overflow=False)  # keeps the device assert on the labels, and adds no other
 
 
 def fwd(input, target, weight, *options, divisor=None, out=None):

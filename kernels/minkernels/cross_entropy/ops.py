@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import FLOATS, check_floats, check_int, check_number, check_reduction, check_tensor
-from minkernels._library import apply, define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._options import (
     LABELS,
@@ -78,7 +78,7 @@ def cross_entropy(
     check_target(target, _classes_out(input), input.shape if group is None else None, x, input)
     check_reduction(reduction)
     check_empty(empty)
-    rows, flat = _rows(input), _rows(target, 0 if is_labels(target) else 1)
+    rows, flat = traceable(_rows(input), _rows(target, 0 if is_labels(target) else 1))
     weight = None if weight is None else weight.to(accumulator(input)).contiguous()
     args = rows, flat, weight, *x, reduction, empty == "zero"
     try:
@@ -120,7 +120,7 @@ def token_logprobs(
         raise ValueError(f"input must have at least one class in its last dimension, got shape {tuple(input.shape)}")
     x = options(ignore_index, 0.0, 0.0, softcap, logit_scale)
     check_target(target, input.shape[:-1], None, x, input)
-    rows, flat = input.reshape(-1, input.shape[-1]), target.reshape(-1)
+    rows, flat = traceable(input.reshape(-1, input.shape[-1]), target.reshape(-1))
     try:
         results = apply(_TokenLogprobs, rows, flat, *x) if needs_grad(rows) else _token_logprobs(rows, flat, *x)
     except IndexError as error:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import check_floats, check_int, check_reduction
-from minkernels._library import apply, define, needs_grad, once_differentiable
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
@@ -71,7 +71,7 @@ def linear_cross_entropy(
     check_target(target, (*lead, *positions), (*lead, V, *positions) if group is None else None, x, input, linear_weight)
     check_reduction(reduction)
     check_empty(empty)
-    args = _flat(input, linear_weight, target, linear_bias)
+    args = traceable(*_flat(input, linear_weight, target, linear_bias))
     args = *args, weight, *x, reduction, empty == "zero", memory_budget or 0
     wanted = [t is not None and t.requires_grad for t in args[:4]]
     try:
@@ -111,7 +111,7 @@ def linear_token_logprobs(
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight must be (V, H), got {tuple(linear_weight.shape)}")
     check_target(target, input.shape[:-1], None, x, input, linear_weight)
-    args = *_flat(input, linear_weight, target, linear_bias), *x, memory_budget or 0
+    args = *traceable(*_flat(input, linear_weight, target, linear_bias)), *x, memory_budget or 0
     try:
         results = apply(_LinearTokenLogprobs, *args) if needs_grad(*args[:4]) else _logprobs(*args)
     except IndexError as error:

@@ -10,11 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import FUSED, LOG2E
+from minkernels._triton_math import ASSERT, FUSED, LOG2E
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
 BLOCK = 1024  # elements of a program
-ASSERT = dict(debug=True, sanitize_overflow=False)  # keeps the device asserts, and adds no other
 
 
 @triton.jit

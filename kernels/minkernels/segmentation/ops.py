@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from minkernels._checks import FLOATS, check_floats, check_number, check_reduction, check_tensor
-from minkernels._library import apply, define, needs_grad, once_differentiable
+from minkernels._checks import FLOATS, check_constant, check_floats, check_number, check_reduction, check_tensor
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.cross_entropy.ops import grad_early, scale
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
@@ -141,11 +141,12 @@ def bce_dice_loss(
             raise ValueError(f"pos_weight must be (C={input.shape[1]},), got {tuple(pos_weight.shape)}")
     if isinstance(mask, Tensor) and mask.dim() == input.dim() - 1:
         mask = mask.unsqueeze(1)  # (N, *spatial)
-    args = input, target, pos_weight, _mask(input, mask), *map(float, numbers), squared, per == "image", reduction
-    return (apply(_BCEDice, *args) if needs_grad(input) else _bce_dice_fwd(*args))[0]
+    args = traceable(input, target, pos_weight, _mask(input, mask), *map(float, numbers), squared, per == "image", reduction)
+    return (apply(_BCEDice, *args) if needs_grad(args[0]) else _bce_dice_fwd(*args))[0]
 
 
 def _sigmoid_loss(input, *options):
+    (input,) = traceable(input)
     if not needs_grad(input):
         return _sigmoid_loss_fwd(input, *options, False)[0]
     return apply(_SigmoidLoss, input, *options, options[-1] != "none" and grad_early(input))[0]
@@ -163,7 +164,7 @@ def _check_target(input, target):
         raise TypeError(f"target must be a float, bool, uint8, int32 or int64 tensor, got {target.dtype}")
     if target.shape != input.shape:
         raise ValueError(f"target must have the shape of input, {tuple(input.shape)}, got {tuple(target.shape)}")
-    _check_constant(input, "target", target)
+    check_constant("target", target, "input", input)
 
 
 def _check_class_map(input, target):
@@ -172,19 +173,12 @@ def _check_class_map(input, target):
         raise TypeError(f"target of shape {shape} is a class map, which must be uint8, int32 or int64, got {target.dtype}")
     if input.shape[1] == 1:
         raise ValueError(f"target of shape {shape} is a class map, but input has one class: give target[:, None], of input's shape")
-    _check_constant(input, "target", target)
-
-
-def _check_constant(input, name, t):
-    if t.device != input.device:
-        raise TypeError(f"{name} is on {t.device}, but input is on {input.device}")
-    if t.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires a gradient, and there is none for it: detach it")
+    check_constant("target", target, "input", input)
 
 
 def _check_weights(input, name, t):
     check_floats(name, t)
-    _check_constant(input, name, t)
+    check_constant(name, t, "input", input)
 
 
 def _weights(input, name, t):
@@ -200,7 +194,7 @@ def _mask(input, mask):
     check_tensor("mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
-    _check_constant(input, "mask", mask)
+    check_constant("mask", mask, "input", input)
     return _expand(input, "mask", mask)
 
 

@@ -1,4 +1,4 @@
-"""What every road of yolo_detect shares: options, results, and the filter's threshold."""
+"""What every road of the family shares: options, results, and the filter's threshold."""
 
 import math
 from typing import NamedTuple
@@ -69,3 +69,19 @@ def outputs(pred: Tensor, max_output: int):
         pred.new_empty(shape, dtype=torch.int64),
         pred.new_empty(shape[0], dtype=torch.int64),
     )
+
+
+def loss_output(pred: Tensor, reduction: str) -> Tensor:
+    return pred.new_empty(pred.shape[:1] if reduction == "none" else (), dtype=arithmetic(pred))
+
+
+def loss_factor(pred: Tensor, reduction: str) -> float:
+    """What the sum over the images is multiplied by."""
+    return 1.0 if reduction != "mean" else 1 / len(pred) if len(pred) else math.nan
+
+
+def class_error(classes: Tensor, cell: int, num_classes: int) -> IndexError:
+    K = classes.shape[1]
+    at = cell // K // K, cell // K % K, cell % K
+    found = f"classes{list(at)} is {classes[at].item()}"
+    return IndexError(f"{found}, out of range for {num_classes} classes (0 to {num_classes - 1}, or -1 for a cell without an object)")

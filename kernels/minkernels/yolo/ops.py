@@ -1,12 +1,13 @@
-"""Detections from a YOLO head's raw output: what it promises."""
+"""Detections from a YOLO head's raw output, and the loss that trains the first of them: what they promise."""
 
+import torch
 from torch import Tensor
 
-from minkernels._checks import check_floats, check_int, check_number
-from minkernels._library import define
+from minkernels._checks import check_constant, check_floats, check_int, check_number, check_reduction, check_tensor
+from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.soft_nms.ops import check_max_output, check_unit
 from minkernels.yolo import reference
-from minkernels.yolo._options import SCHEMA, Detections, Options, outputs
+from minkernels.yolo._options import SCHEMA, Detections, Options, arithmetic, loss_output, outputs
 
 HEADS = "v1", "v1-planar", "v8", "v8-probs"
 
@@ -60,9 +61,7 @@ def yolo_detect(
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
     for name, n in (("boxes_per_cell", boxes_per_cell), ("num_classes", num_classes), ("max_candidates", max_candidates)):
-        check_int(name, n)
-        if n < 1:
-            raise ValueError(f"{name} must be at least 1, got {n}")
+        _check_count(name, n)
     check_max_output(max_output)
     check_unit("score_threshold", score_threshold)
     check_unit("iou_threshold", iou_threshold)
@@ -74,6 +73,67 @@ def yolo_detect(
     thresholds = float(score_threshold), float(iou_threshold)
     options = height, width, sqrt_wh, *thresholds, max_output, class_agnostic, multi_label, max_candidates
     return Detections(*_detect(pred, head, boxes_per_cell, num_classes, *options))
+
+
+def yolo_loss(
+    pred: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    *,
+    boxes_per_cell: int = 2,
+    coord: float = 5.0,
+    noobj: float = 0.5,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of YOLO v1, squared errors in three parts, in one kernel, and its gradient in another:
+
+    coord ((x - x')**2 + (y - y')**2 + (sqrt w - sqrt w')**2 + (sqrt h - sqrt h')**2) of the responsible box of each cell with an object,
+    where x' y' w' h' are its truth; (confidence - IoU)**2 of that box and noobj confidence**2 of all others; (p_c - [c is the class])**2
+    over the classes of each cell with an object. Of a cell's boxes the one with the highest IoU with the truth is responsible, of equal
+    ones the first.
+
+    Shapes: N images of K x K cells, Bx = boxes_per_cell boxes a cell, C classes.
+    Args:
+        pred: (N, K, K, 5 Bx + C), row, column, as head "v1" of yolo_detect takes it with sqrt_wh: in a cell Bx times (x, y, sqrt w, sqrt h,
+            confidence), then the C class probabilities. float16, bfloat16, float32, or float64 (CPU only); any strides; never changed.
+        boxes: (N, K, K, 4), any of these dtypes: x and y of the centre in its cell, 0 to 1, w and h as parts of the image. It counts where
+            there is an object, and may hold anything elsewhere. Has no gradient.
+        classes: (N, K, K) int32 or int64: 0 to C - 1, or -1 where the cell has no object.
+        coord, noobj: at least 0.
+        reduction: "mean" over the images (NaN of none), "sum", or "none": of each image.
+    Returns: a scalar, or (N,) for "none"; float64 for float64, else float32.
+    Raises: ValueError for shapes or values that do not fit, and for boxes that require a gradient; TypeError for unsupported dtypes and
+        mixed devices; IndexError on the CPU for a class out of range, naming its place and value (on a GPU, a device assert).
+    The IoU is a constant, as in darknet: it has no gradient. Of a cell with an object, the first box with a NaN in x, y, w or h is
+    responsible, so the loss NaN. Which box is responsible is the same on every device.
+    Source: You Only Look Once, Redmon et al. 2016, arXiv:1506.02640, equation 3.
+    """
+    check_floats("pred", pred)
+    _check_count("boxes_per_cell", boxes_per_cell)
+    if pred.dim() != 4 or pred.shape[1] != pred.shape[2] or pred.shape[3] <= 5 * boxes_per_cell:
+        least = 5 * boxes_per_cell + 1
+        raise ValueError(f"pred must be (N, K, K, 5 * boxes_per_cell + C), the last at least {least}, got {tuple(pred.shape)}")
+    check_floats("boxes", boxes)
+    check_tensor("classes", classes)
+    if classes.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"classes must be int32 or int64, got {classes.dtype}")
+    for name, t, shape in (("boxes", boxes, (*pred.shape[:3], 4)), ("classes", classes, tuple(pred.shape[:3]))):
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {shape}, as pred {tuple(pred.shape)} has cells, got {tuple(t.shape)}")
+        check_constant(name, t, "pred", pred)
+    for name, x in (("coord", coord), ("noobj", noobj)):
+        check_number(name, x)
+        if not 0 <= x <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{name} must be at least 0 and a float32, got {x}")
+    check_reduction(reduction)
+    args = traceable(pred, boxes.to(arithmetic(pred)), classes, boxes_per_cell, float(coord), float(noobj), reduction)
+    return apply(_Loss, *args) if needs_grad(args[0]) else _loss_fwd(*args)
+
+
+def _check_count(name, n):
+    check_int(name, n)
+    if n < 1:
+        raise ValueError(f"{name} must be at least 1, got {n}")
 
 
 def _image_size(image_size, head):
@@ -118,3 +178,39 @@ _detect = define(
     cpu="minkernels.yolo._cpu:detect",
     cuda="minkernels.yolo._triton:detect",
 )
+# boxes in the dtype of the arithmetic.
+_loss_fwd = define(
+    "yolo_loss_fwd",
+    "(Tensor pred, Tensor boxes, Tensor classes, int boxes_per_cell, float coord, float noobj, str reduction) -> Tensor",
+    fake=lambda pred, *rest: loss_output(pred, rest[-1]),
+    reference=reference.loss_fwd,
+    cpu="minkernels.yolo._cpu:loss_fwd",
+    cuda="minkernels.yolo._triton_loss:loss_fwd",
+)
+_loss_bwd = once_differentiable(
+    define(
+        "yolo_loss_bwd",
+        "(Tensor dloss, Tensor pred, Tensor boxes, Tensor classes, int boxes_per_cell, float coord, float noobj, str reduction) -> Tensor",
+        fake=lambda dloss, pred, *_: torch.empty_like(pred),
+        reference=reference.loss_bwd,
+        cpu="minkernels.yolo._cpu:loss_bwd",
+        cuda="minkernels.yolo._triton_loss:loss_bwd",
+    )
+)
+
+
+class _Loss(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return _loss_fwd(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx, dloss):
+        return _loss_bwd(dloss, *ctx.saved_tensors, *ctx.options), *(None,) * 6

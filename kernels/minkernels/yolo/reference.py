@@ -1,9 +1,9 @@
-"""What yolo_detect means, in plain PyTorch: each operation rounds once, so that every road gives the same boxes."""
+"""What the family means, in plain PyTorch: each operation rounds once, so that every road gives the same boxes."""
 
 import torch
 
 from minkernels.nms import reference as nms
-from minkernels.yolo._options import Options, arithmetic, outputs
+from minkernels.yolo._options import Options, arithmetic, class_error, loss_factor, outputs
 
 INF = float("inf")
 
@@ -64,3 +64,47 @@ def decode(pred, x):
         w, h = w * x.width, h * x.height
         cx, cy, w, h = (t.flatten(1) for t in (cx, cy, w, h))
     return torch.stack([cx - w * 0.5, cy - h * 0.5, cx + w * 0.5, cy + h * 0.5], -1), raw
+
+
+def loss_fwd(pred, boxes, classes, boxes_per_cell, coord, noobj, reduction):
+    bad = (classes < -1) | (classes >= pred.shape[3] - 5 * boxes_per_cell)
+    if bad.any():
+        raise class_error(classes, int(bad.flatten().nonzero()[0]), pred.shape[3] - 5 * boxes_per_cell)
+    errors, weights, _ = _errors(pred, boxes, classes, boxes_per_cell, coord, noobj)
+    loss = (weights * errors * errors).flatten(1).sum(1)
+    return loss if reduction == "none" else loss.sum() * loss_factor(pred, reduction)
+
+
+def loss_bwd(dloss, pred, boxes, classes, boxes_per_cell, coord, noobj, reduction):
+    errors, weights, counts = _errors(pred, boxes, classes, boxes_per_cell, coord, noobj)
+    upstream = (dloss * loss_factor(pred, reduction)).view(-1, 1, 1, 1)
+    return torch.empty_like(pred).copy_(torch.where(counts, 2 * weights * upstream * errors, 0.0))
+
+
+def _errors(pred, boxes, classes, boxes_per_cell, coord, noobj):
+    """Of every value of pred: the error, 0 where it does not count; how much its square counts; whether it does."""
+    pred, K, has = pred.to(arithmetic(pred)), pred.shape[1], (classes >= 0)[..., None]
+    boxes, truth = pred[..., : 5 * boxes_per_cell].unflatten(-1, (boxes_per_cell, 5)), torch.where(has, boxes, 0.0)[..., None, :]
+    overlap = _iou(
+        torch.cat((boxes[..., :2] / K, boxes[..., 2:4] * boxes[..., 2:4]), -1), torch.cat((truth[..., :2] / K, truth[..., 2:]), -1)
+    )
+    best, mine = overlap.max(-1, keepdim=True)  # a NaN; else of equal ones the first
+    mine = has & (torch.arange(boxes_per_cell, device=pred.device) == mine)  # (N, K, K, B)
+    place = torch.where(mine[..., None], boxes[..., :4] - torch.cat((truth[..., :2], truth[..., 2:].sqrt()), -1), 0.0)
+    confidence = boxes[..., 4] - torch.where(mine, best, 0.0)
+    label = torch.arange(pred.shape[-1] - 5 * boxes_per_cell, device=pred.device) == classes[..., None]
+    kind = torch.where(has, pred[..., 5 * boxes_per_cell :] - label.to(pred.dtype), 0.0)
+    weights = torch.full_like(confidence, noobj).masked_fill(mine, 1.0)[..., None]
+    weights = torch.cat((torch.full_like(place, coord), weights), -1).flatten(-2), torch.ones_like(kind)
+    counts = torch.cat((mine[..., None].expand(place.shape), torch.ones_like(mine)[..., None]), -1).flatten(-2), has.expand(kind.shape)
+    errors = torch.cat((place, confidence[..., None]), -1).flatten(-2), kind
+    return tuple(torch.cat(both, -1) for both in (errors, weights, counts))
+
+
+def _iou(a, b):
+    """Of boxes as centre and sizes; 0 / 0 is 0."""
+    half_a, half_b = 0.5 * a[..., 2:], 0.5 * b[..., 2:]
+    a1, a2, b1, b2 = a[..., :2] - half_a, a[..., :2] + half_a, b[..., :2] - half_b, b[..., :2] + half_b
+    inter = (torch.minimum(a2, b2) - torch.maximum(a1, b1)).clamp(min=0).prod(-1)
+    union = (a2 - a1).prod(-1) + (b2 - b1).prod(-1) - inter
+    return torch.where(union == 0, 0.0, inter / union)

@@ -8,6 +8,9 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    def __init__(self, message: str, signal: int):
-        super().__init__(message)
+    """again: the command that goes on, if there is one."""
+
+    def __init__(self, message: str, signal: int, again: str = ""):
+        super().__init__(f"{message}. To go on: {again}" if again else message)
+        self.message, self.signal = message, signal
         self.status = 128 + signal  # what a shell reports for a process that the signal ended

@@ -1,8 +1,10 @@
 """The command line: python -m minmodels train | generate | showcase. torch is imported only once the arguments are read."""
 
 import argparse
+import contextlib
 import functools
 import math
+import os
 import sys
 from dataclasses import fields
 
@@ -50,9 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     run = args.pop("run")
     try:
         run(**args)
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status
+    except BrokenPipeError:  # whoever read what is printed has had enough
+        _drop_output()
+        return 128 + 13
+    except OSError as error:
+        _drop_output()
+        print(f"error: {error.filename or 'what it prints cannot be written'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
@@ -62,6 +73,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.name} is not installed: pip install 'minkernels[models]'", file=sys.stderr)
         return 2
     return 0
+
+
+def _drop_output():
+    """Else Python would try once more to write it as it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _train(model, resume, overwrite, **given):

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
@@ -39,13 +38,15 @@ def from_huggingface(path: Path) -> BERT:
         tensors = load_file(weights) if weights.exists() else torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} has no model.safetensors and no pytorch_model.bin") from error
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # what is no file of PyTorch makes torch.load raise anything
+        raise UserError(f"cannot read {path}: its config.json or its weights are damaged ({error})") from error
     for key, value in FIXED.items():
         if given.get(key, value) != value:
             raise UserError(f"{path}/config.json has {key} = {given[key]!r}, and this model has {value!r}")
-    config = BERTConfig(**{f.name: given[f.name] for f in dataclasses.fields(BERTConfig) if f.name in given})
-    model = BERT(config)
+    try:
+        model = BERT(BERTConfig(**{f.name: given[f.name] for f in dataclasses.fields(BERTConfig) if f.name in given}))
+    except ValueError as error:
+        raise UserError(f"{path}/config.json: {error}") from error
     own = model.state_dict()
     named = {_name(key): t.float() for key, t in tensors.items()}
     named = {key: t for key, t in named.items() if key in own}
@@ -66,12 +67,18 @@ def _name(key: str) -> str:
 
 def _tokenizer(path: Path) -> Tokenizer:
     if (path / "tokenizer.json").exists():
-        tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        try:
+            tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # it raises nothing narrower
+            raise UserError(f"cannot read {path}/tokenizer.json: {error}") from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
     if not (path / "vocab.txt").exists():
         raise UserError(f"{path} has no tokenizer.json and no vocab.txt")
     settings = path / "tokenizer_config.json"
-    lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
+    try:
+        lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {settings}: {error}") from error
     return Tokenizer.from_str(BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=lower).to_str())

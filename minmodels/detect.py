@@ -1,7 +1,6 @@
 """Objects found by a trained minYOLO: boxes on the image, and JSON."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +34,13 @@ def detect(
     for name, image in pictures.items():
         results[name] = told(predicted(model, image, score_threshold=score, iou_threshold=iou), meta["names"])
         drawn[name] = picture(image, results[name])
-    listing = Path(out, "detections.json")
-    with files.writing(listing):
+    with files.writing(Path(out)):
         Path(out).mkdir(parents=True, exist_ok=True)
-        for name, image in drawn.items():
-            image.save(Path(out, f"{name}.boxes.png"))
-        part = listing.with_name(listing.name + ".part")
+    for name, image in drawn.items():
+        with files.replacing(Path(out, f"{name}.boxes.png")) as part:
+            image.save(part)
+    with files.replacing(Path(out, "detections.json")) as part:
         part.write_text(json.dumps(results, indent=1))
-        os.replace(part, listing)
     return results
 
 

@@ -6,11 +6,13 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from minmodels import UserError, page, speed
 from minmodels.generate import generate
 
 LETTERS = 600  # of a sample
-SENTENCES = 6  # that minBERT completes
+SENTENCES = 6  # that minBERT and GPT-1 complete
 
 
 class Trained(NamedTuple):
@@ -75,15 +77,43 @@ def _adder(run: Trained) -> Shown:
     return Shown(about, (page.table(("sum", "it says", ""), rows),), (f"{exact:.0%}", "adder: unseen sums right"))
 
 
+def _transformer(run: Trained) -> Shown:
+    from minmodels.data import reverse
+    from minmodels.recipes import load
+    from minmodels.recipes.transformer import answer
+
+    (model, meta), exact, rows = load("transformer", str(run.folder)), run.scores["exact"], []
+    unseen = reverse.heldout(meta["length"])
+    for word in unseen[:: len(unseen) // 8][:8]:
+        said = answer(model, word, meta["length"])
+        verdict = page.mark("right", "good") if said == word[::-1] else page.mark(f"wrong, it is {word[::-1]}", "bad")
+        rows.append((word, page.mark(escape(said), "mark"), verdict))
+    about = (
+        f"The encoder-decoder of 2017 learns to say words of random letters back to front, {_spent(run)}. Of {len(unseen)} words that it "
+        f"has never seen it writes {exact:.1%} without an error in any letter. Eight of them:"
+    )
+    return Shown(about, (page.table(("word", "it says", ""), rows),), (f"{exact:.0%}", "transformer: unseen words right"))
+
+
+def _gpt1(run: Trained) -> Shown:
+    loss, rows = run.scores["heldout"], []
+    for begun, word, guesses in _begun(run):
+        rows.append(f"<div><p>{escape(begun)} {page.mark('...', 'mark')}</p>{_guesses(guesses, word)}</div>")
+    about = (
+        f"GPT-1's first stage, {_spent(run)}: the next token, a word or a part of one, of text. On text that it has never seen it needs "
+        f"{loss:.2f} nats per token. Unseen sentences, and its three best guesses of how they go on:"
+    )
+    return Shown(about, (page.side_by_side(*rows),), (f"{loss:.2f}", "GPT-1: nats per token"))
+
+
 def _minbert(run: Trained) -> Shown:
     from minmodels.understand import fill
 
     words, base, rows = run.scores["masked-token accuracy"], run.scores["most-frequent-token baseline"], []
     for sentence, word in _masked(run):
         guesses = fill(str(run.folder), sentence, top=3)[1][0]
-        bars = "".join(f"{page.mark(guess, 'good') if guess == word else escape(guess)} {p:.0%}{page.bar(p)}" for guess, p in guesses)
         asked = escape(sentence).replace("[MASK]", page.mark("[MASK]", "mark"))
-        rows.append(f'<div><p>{asked}</p>{bars}<p class="dim">It was: {escape(word)}</p></div>')
+        rows.append(f"<div><p>{asked}</p>{_guesses(guesses, word)}</div>")
     about = (
         f"The encoder of BERT, {_spent(run)}: far too few to know the language, and its guesses say so. It names {words:.1%} of the masked "
         f"tokens of unseen text; always naming the most frequent one gets {base:.1%}. Unseen sentences, each with a word or sign masked at "
@@ -116,15 +146,18 @@ def _yolo(run: Trained) -> Shown:
     return Shown(about, pictures, (f"{ap50:.2f}", "minYOLO: AP50"))
 
 
-# of minBERT, short and narrow: so it takes in its time the 1000 steps after which it knows more than how frequent words are
+# of minBERT and GPT-1, short and narrow: so minBERT takes in its time the 1000 steps after which it knows more than how frequent words are
 SMALL = "--block-size 32 --n-layer 2 --n-embd 64 --vocab-size 1000 --lr 0.01 --eval-every 1000000"
+WORDS = "--length 8 --eval-every 1000000"
 EXHIBITS = (
     Exhibit("gpt", "minGPT", "it writes", 1.0, "", _gpt, reads_text=True),
     Exhibit("bigram", "bigram", "one letter at a time", 0.05, "--eval-every 1000", _bigram, reads_text=True, bfloat16=False),
-    Exhibit("adder", "adder", "it adds", 0.5, "--eval-every 300", _adder, bfloat16=False),
-    Exhibit("minbert", "minBERT", "it fills in", 0.65, SMALL, _minbert, reads_text=True),
-    Exhibit("unet", "minUNet", "it segments", 0.3, "--eval-every 25", _unet),
-    Exhibit("yolo", "minYOLO", "it detects", 0.85, "--eval-every 250", _yolo),
+    Exhibit("adder", "adder", "it adds", 0.35, "--eval-every 300", _adder, bfloat16=False),
+    Exhibit("transformer", "transformer", "it reverses", 0.25, WORDS, _transformer, bfloat16=False),
+    Exhibit("gpt1", "GPT-1", "it goes on", 0.2, SMALL, _gpt1, reads_text=True),
+    Exhibit("minbert", "minBERT", "it fills in", 0.5, SMALL, _minbert, reads_text=True),
+    Exhibit("unet", "minUNet", "it segments", 0.25, "--eval-every 25", _unet),
+    Exhibit("yolo", "minYOLO", "it detects", 0.65, "--eval-every 250", _yolo),
 )
 
 
@@ -152,6 +185,31 @@ def _sample(model: str, folder: Path) -> str:
 
 def _spent(run: Trained) -> str:
     return f"{run.scores['seconds']:.0f} seconds and {run.scores['step']} steps"
+
+
+def _guesses(guesses: list[tuple[str, float]], word: str) -> str:
+    bars = (f"{page.mark(escape(guess), 'good') if guess == word else escape(guess)} {p:.0%}{page.bar(p)}" for guess, p in guesses)
+    return f'{"".join(bars)}<p class="dim">It was: {escape(word)}</p>'
+
+
+@torch.no_grad()
+def _begun(run: Trained) -> list[tuple[str, str, list[tuple[str, float]]]]:
+    """Beginnings of held-out sentences, spread over the text; the token that follows; and the guesses of it."""
+    from tokenizers import Tokenizer
+
+    from minmodels.data import documents
+    from minmodels.recipes import load
+
+    model, meta = load("gpt1", str(run.folder))
+    tokenizer, found, where = Tokenizer.from_str(meta["tokenizer"]), [], next(model.parameters()).device
+    sentences = [tokenizer.encode(s).ids for document in documents.load(run.text).heldout for s in document]
+    sentences = [ids for ids in sentences if len(ids) > 8]
+    for ids in sentences[:: max(1, len(sentences) // SENTENCES)][:SENTENCES]:
+        n = min(8 + len(ids) % 8, len(ids) - 1, meta["config"]["n_positions"])
+        p, best = model(torch.tensor([ids[:n]], device=where))[0, -1].float().softmax(-1).topk(3)
+        guesses = [(tokenizer.decode([i]).strip() or "a blank", q) for i, q in zip(best.tolist(), p.tolist(), strict=True)]
+        found.append((tokenizer.decode(ids[:n]), tokenizer.decode([ids[n]]).strip() or "a blank", guesses))
+    return found
 
 
 def _masked(run: Trained) -> list[tuple[str, str]]:

@@ -1,9 +1,10 @@
 """The files of a run. The checkpoint is one safetensors file, so that one rename replaces all of it; what is no tensor is JSON
-in its header. The metrics are JSON lines.
+in its header. The metrics are JSON lines. Whatever is written is there whole or not at all.
 """
 
 import contextlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -16,24 +17,20 @@ from torch import Tensor
 from minmodels import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
+CONFIG = "run.json"  # a config.json would make it a folder of Hugging Face
 METRICS = "metrics.jsonl"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict):
-    """Writes beside path and renames: whenever this is cut off, path is the old file or the new one. Raises UserError."""
-    part = path.with_name(path.name + ".part")
+    """Whenever this is cut off, path is the old file or the new one. Raises UserError."""
+    with replacing(path) as part, part.open("wb") as f:
+        f.write(save(tensors, {"minmodels": json.dumps(meta)}))
+        f.flush()
+        os.fsync(f.fileno())
     with writing(path):
-        try:
-            with part.open("wb") as f:
-                f.write(save(tensors, {"minmodels": json.dumps(meta)}))
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(part, path)
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)  # the rename
-            os.close(folder)
-        finally:
-            part.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename
+        os.close(folder)
 
 
 def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
@@ -59,7 +56,9 @@ class Metrics:
     def __init__(self, path: Path, upto: int):
         self.path, self.pending, self.flushed = path, [], time.perf_counter()
         lines = path.read_text().splitlines(keepends=True) if upto and path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= upto))
+        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= upto)
+        with replacing(path) as part:
+            part.write_text(kept)
 
     def due(self) -> bool:
         return time.perf_counter() - self.flushed > 0.25
@@ -72,8 +71,28 @@ class Metrics:
         return sum(losses) / len(losses)
 
     def write(self, *records: dict):
-        with writing(self.path), self.path.open("a") as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+        finite = ({key: value if math.isfinite(value) else None for key, value in record.items()} for record in records)  # NaN is no JSON
+        lines = memoryview("".join(json.dumps(record) + "\n" for record in finite).encode())
+        with writing(self.path), self.path.open("ab", buffering=0) as f:
+            end = f.tell()
+            try:
+                while lines:  # of a full disk, a part may still be written
+                    lines = lines[f.write(lines) :]
+            except OSError:
+                f.truncate(end)
+                raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Where to write what becomes path once it is there whole; it has path's ending. If that fails path is as it was. Raises UserError."""
+    part = path.with_name(f"{path.stem}.part{path.suffix}")
+    with writing(path):
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minmodels import UserError
+from minmodels import Interrupted, UserError, files
 from minmodels.options import FINETUNED
 from minmodels.train import Trained, evaluate, train
 
@@ -12,19 +12,25 @@ def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare:
 
     Returns the scores on held-out examples of each, and a line that says what can be done with the first. Raises UserError.
     """
-    name, then, scores, trained = FINETUNED[model], "", {}, []
+    name, scores, trained = FINETUNED[model], {}, []
     out = Path(given.get("out") or f"runs/{name}")
-    parts = {"pretrained": {**given, "out": str(out), "scratch": False}}
+    parts = {"pretrained": {"out": str(out), "scratch": False}}
     if compare:
-        parts["from scratch"] = {**given, "out": str(out / "scratch"), "scratch": True}
-    for title, options in parts.items():
-        again = resume and Path(options["out"]).exists()
+        parts["from scratch"] = {"out": str(out / "scratch"), "scratch": True}
+    for title, own in parts.items():
+        again = resume and (own["out"] == str(out) or Path(own["out"], files.CHECKPOINT).exists())
+        if resume and not again:  # it had not begun: as the first part was asked for, and this command
+            saved = files.load_checkpoint(out, prefix="-")[1]["options"]
+            given = {**saved, **({"minutes": 0.0} if "steps" in given else {}), **given}
         try:
-            scores[title], line = train(name, options, resume=again, overwrite=overwrite)
-            then = then or line
+            scores[title] = train(name, {**given, **own}, resume=again, overwrite=overwrite)[0]
         except Trained as error:  # by the run that is resumed
             trained.append(error)
-            scores[title] = evaluate(name, options["out"])
+            scores[title] = evaluate(name, own["out"])
+        except Interrupted as error:
+            again = f"python -m minmodels finetune {model} --out {out} --resume{'' if compare else ' --no-compare'}"
+            raise Interrupted(error.message, error.signal, again) from error
     if len(trained) == len(parts):
         raise UserError(str(trained[0]))
-    return scores, then
+    texts = " ".join(f'"TEXT {i + 1}"' for i in range(files.load_checkpoint(out, prefix="-")[1]["task"]["texts"]))
+    return scores, f"to use it: python -m minmodels classify {model} --checkpoint {out} {texts}"

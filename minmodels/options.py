@@ -24,7 +24,7 @@ class TrainOptions:
 
     presets = {}  # noqa: RUF012  the options that a name stands for, of a model that has the option preset
 
-    out: str = _option("", "folder for the checkpoint, the metrics and the pictures (default: runs/MODEL)", "DIR")
+    out: str = _option("", "folder of checkpoint, metrics and pictures (default: runs/MODEL, of finetune runs/MODEL-task)", "DIR")
     steps: int = _option(1000, "optimizer steps", "N")
     minutes: float = _option(0.0, "minutes of training, instead of --steps; not repeatable bit for bit", "M")
     eval_every: int = _option(100, "steps from one evaluation to the next; each saves a checkpoint", "N")
@@ -80,8 +80,8 @@ class GPTOptions(BigramOptions):
     n_layer: int = _option(3, "transformer blocks", "N")
     n_head: int = _option(4, "attention heads", "N")
     n_embd: int = _option(128, "width, a multiple of the heads", "N")
-    dropout: float = _option(0.0, "share of the activations that a training step drops (default: 0)", "P", zero=True)
-    noise: float = _option(0.0, "share of the tokens read, on average, that training replaces by random ones (default: 0)", "P", zero=True)
+    dropout: float = _option(0.0, "share of the activations that a training step drops", "P", zero=True)
+    noise: float = _option(0.0, "share of the tokens read, on average, that training replaces by random ones", "P", zero=True)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class BERTOptions(TrainOptions):
 class TaskOptions(TrainOptions):
     """Of fine-tuning."""
 
-    checkpoint: str = _option("", "folder of a pretraining, or its checkpoint file", "DIR", data=True)
+    checkpoint: str = _option("", "folder of a pretraining, or its checkpoint file; --resume does without", "DIR", data=True)
     task: str = _option("whole", "whole, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
     examples: str = _option("", "examples of the task, one a line: the class and the text or texts, split at tabs", "FILE", data=True)
     scratch: bool = _option(False, "start from new weights instead of the pretrained ones", None)

@@ -32,9 +32,9 @@ def segment(paths: list[str], checkpoint: str, out: str, *, device: str = "", sk
         Path(out).mkdir(parents=True, exist_ok=True)
     for name, image in pictures.items():
         mask, path = predicted(model, image), Path(out, f"{name}.mask.png")
-        with files.writing(path):
-            Image.fromarray(mask * 255 if model.config.classes == 1 else mask).save(path)
-            Image.fromarray(overlay(image, mask)).save(path.with_name(f"{name}.overlay.png"))
+        with files.replacing(path) as part, files.replacing(path.with_name(f"{name}.overlay.png")) as part_overlay:  # both or neither
+            Image.fromarray(mask * 255 if model.config.classes == 1 else mask).save(part)
+            Image.fromarray(overlay(image, mask)).save(part_overlay)
         written.append(path)
     return written
 

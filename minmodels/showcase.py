@@ -49,7 +49,7 @@ class Training:
         self.command += ["--minutes", f"{self.limit / 60:.3g}"]
         environment, nothing = {**os.environ, "OMP_NUM_THREADS": str(threads)}, subprocess.DEVNULL
         self.begun = time.perf_counter()
-        for name in (files.CHECKPOINT, files.METRICS):  # of an earlier showcase
+        for name in (files.CHECKPOINT, files.METRICS, files.CONFIG):  # of an earlier showcase
             with contextlib.suppress(OSError):  # where nothing can be written, the training says so
                 (self.folder / name).unlink()
         self.process = subprocess.Popen([*TRAIN, *self.command], stdin=nothing, stdout=nothing, stderr=self.errors, env=environment)
@@ -119,10 +119,8 @@ def showcase(
     console.print(speed.table(rows))
     spent = (time.perf_counter() - start) / 60
     index = folder / INDEX
-    with files.writing(index):
-        part = index.with_name(INDEX + ".part")
+    with files.replacing(index) as part:
         part.write_text(_page(info, trainings, shown, rows, sizes, spent), encoding="utf-8")
-        os.replace(part, index)
     console.print(f"{spent:.1f} minutes. The page: {index}", soft_wrap=True)
 
 

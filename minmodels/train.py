@@ -1,6 +1,7 @@
 """Training of any model, by its recipe. A resumed run has the losses of an unbroken one, bit for bit."""
 
 import contextlib
+import json
 import math
 import signal
 import threading
@@ -31,9 +32,9 @@ def train(
     """Trains the model of that name. Returns its last evaluation, and a line that says what can be done with it.
 
     given: options of that model, by name. With resume, those not given are as in the checkpoint; all but the FREE ones must be as there.
-    Writes out/checkpoint.safetensors at each evaluation, at the end and when interrupted; out/metrics.jsonl: a line a step
-        {step, loss, lr, seconds} and a line an evaluation {step, heldout, ..., seconds}, seconds being those spent in training steps;
-        and at the end out/loss.png, and what pictures the model has.
+    Writes out/run.json: model, config and options; out/checkpoint.safetensors at each evaluation, at the end and when
+        interrupted; out/metrics.jsonl: a line a step {step, loss, lr, seconds} and a line an evaluation {step, heldout, ..., seconds},
+        seconds being those spent in training steps; and at the end out/loss.png, and what pictures the model has.
     SIGINT or SIGTERM ends the run after the present step, with a checkpoint; a second one ends it at once.
     Raises: UserError for bad input, a disk that is full, a loss that is not finite; Interrupted.
     """
@@ -60,6 +61,8 @@ def train(
         if not resume:
             path.unlink(missing_ok=True)
         metrics = files.Metrics(path.with_name(files.METRICS), upto=run.step)
+    with files.replacing(path.with_name(files.CONFIG)) as part:
+        part.write_text(json.dumps({"model": name, "config": run.recipe.meta()["config"], "options": asdict(run.options)}, indent=1))
     console.print(run, soft_wrap=True)
 
     columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
@@ -84,12 +87,12 @@ def train(
             if evaluate or stop:
                 run.save(path)
     if not done:
-        resume = f"python -m minmodels train {name} --out {path.parent} --resume"
-        raise Interrupted(f"interrupted; {path} holds step {run.step}. To go on: {resume}", signals.number)
-    with files.writing(path.parent):
-        title = f"{name} learns {run.recipe.data.split(':')[0]}"
-        loss_figure(path.with_name(files.METRICS), title, run.recipe.loss_unit).savefig(path.with_name("loss.png"))
-        return scores, run.finish(path.parent)
+        again = f"python -m minmodels train {name} --out {path.parent} --resume"
+        raise Interrupted(f"interrupted; {path} holds step {run.step}", signals.number, again)
+    title = f"{name} learns {run.recipe.data.split(':')[0]}"
+    with files.replacing(path.with_name("loss.png")) as part:
+        loss_figure(path.with_name(files.METRICS), title, run.recipe.loss_unit).savefig(part)
+    return scores, run.finish(path.parent)
 
 
 def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:

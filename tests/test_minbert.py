@@ -220,6 +220,25 @@ def fake_folder(path, config=None, drop=(), **change):
     return model
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pytorch_model.bin", "no pickle", "its config.json or its weights are damaged"),
+        ("config.json", "{", "its config.json or its weights are damaged"),
+        ("config.json", '{"hidden_size": 24, "num_attention_heads": 5}', "hidden_size must be a multiple of num_attention_heads"),
+        ("tokenizer.json", "{}", "cannot read .*tokenizer.json"),
+        ("tokenizer_config.json", "{", "cannot read .*tokenizer_config.json"),
+    ],
+)
+def test_a_damaged_folder_of_hugging_face(tmp_path, name, content, message):
+    fake_folder(tmp_path)
+    if name == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        fill(str(tmp_path), "the [MASK] runs .")
+
+
 def test_fill_takes_the_likeliest_words(tmp_path):
     model = fake_folder(tmp_path)
     text, words = fill(str(tmp_path), "the [MASK] runs [MASK] .", top=3)

@@ -111,7 +111,47 @@ def test_a_signal_ends_a_process_with_a_checkpoint(book, tmp_path, number):
     assert process.returncode == 128 + number
     step = int(re.search(r"^error: interrupted; .* holds step (\d+)\. To go on: ", error, re.M)[1])
     assert files.load_checkpoint(out)[1]["step"] == step == metrics(out, "loss")[-1][0] and "Traceback" not in error
-    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS]
+    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
+
+
+def test_a_run_says_how_it_was_made(book, tmp_path):
+    assert tiny(book, tmp_path / "run", "--steps", 2, "--lr", 0.003) == 0
+    found = json.loads((tmp_path / "run" / files.CONFIG).read_text())
+    assert found["model"] == "gpt" and found["options"]["lr"] == 0.003 and found["config"]["block_size"] == found["options"]["block_size"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_nobody_takes(book, tmp_path):
+    """A full disk behind standard output; and a reader who has had enough."""
+    assert tiny(book, tmp_path / "run", "--steps", 2) == 0
+    command = [sys.executable, "-m", "minmodels", "generate", "gpt", "--checkpoint", str(tmp_path / "run"), "--tokens", "9"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr == "error: what it prints cannot be written: No space left on device\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 128 + 13 and done.stderr == ""
+
+
+def test_metrics_are_whole_lines_on_a_full_disk(tmp_path):
+    """The kernel itself refuses, in the middle of a record."""
+    script = """if True:
+        import pathlib, resource, signal
+        from minmodels import UserError, files
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        metrics = files.Metrics(pathlib.Path("m.jsonl"), 0)
+        metrics.write({"step": 1, "loss": float("nan")})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))
+        try:
+            metrics.write(*({"step": step} for step in range(2, 9)))
+        except UserError as error:
+            print(error)"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "cannot write m.jsonl: File too large\n" and not done.stderr
+    assert (tmp_path / "m.jsonl").read_text() == '{"step": 1, "loss": null}\n'
 
 
 def test_minutes_bound_the_training(book, tmp_path):
@@ -171,7 +211,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, caps
     assert tiny(book, out, "--steps", 9, "--eval-every", 3) == 2
     assert f"error: cannot write {out / files.CHECKPOINT}: No space left on device\n" == capsys.readouterr().err
     assert files.load_checkpoint(out)[1]["step"] == 3
-    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS]
+    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
 
 
 TEXTS = {

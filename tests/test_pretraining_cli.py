@@ -68,6 +68,22 @@ def test_resuming_pretraining_repeats_the_losses_bit_for_bit(pretrained, book, t
     same(straight, tmp_path / "run")
 
 
+def test_resuming_a_fine_tuning_needs_no_more_than_its_folder(pretrained, tmp_path, monkeypatch, capsys):
+    """Cut off in its first part, the second one is as the first was asked for; what it says to go on with does so."""
+    options = "--task", "topic", "--lr", 0.001, "--seed", 7
+    assert finetune(pretrained, tmp_path / "straight", *options) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    with monkeypatch.context() as m:
+        stop_after(m, 3)
+        assert finetune(pretrained, tmp_path / "run", *options) == 130
+    again = re.search(r"To go on: python -m minmodels (.*)", capsys.readouterr().err)[1]
+    assert again == f"finetune {pretrained[0]} --out {tmp_path / 'run'} --resume"
+    assert run(*again.split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == last.replace("straight", "run") and "scratch" not in last
+    for part in (".", "scratch"):
+        same(tmp_path / "straight" / part, tmp_path / "run" / part)
+
+
 def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained, tmp_path, monkeypatch, capsys):
     assert finetune(pretrained, tmp_path / "straight") == 0
     printed = capsys.readouterr().out.splitlines()

@@ -13,6 +13,8 @@ from minmodels import UserError
 from minmodels.data import images
 from minmodels.data.boxes import CocoFileError, _Entries, _load
 
+MOST_CLASSES = 100_000
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -137,6 +139,8 @@ def _resized(path: Path, boxes: np.ndarray, classes: np.ndarray, side: int, wher
         if min(x1, y1) < -1 or x2 > size[0] + 1 or y2 > size[1] + 1:  # a pixel, for those who round
             raise UserError(f"{where(g)}: {told} is not inside {path}, which has {size[0]:g} x {size[1]:g} pixels")
     scaled = torch.from_numpy(np.clip(boxes / size, 0, 1) * side).float()
+    for g in np.flatnonzero((scaled[:, 2:] <= scaled[:, :2]).any(1)):
+        raise UserError(f"{where(g)}: nothing of the box is inside {path}")
     return Scene(str(path), images.resized(picture, side), scaled, torch.from_numpy(classes.astype(np.int64)))
 
 
@@ -167,4 +171,6 @@ def _numbers(row: list[str], where: str) -> list[float]:
         numbers = []
     if len(numbers) != 5 or not np.isfinite(numbers).all() or numbers[0] < 0 or numbers[0] % 1:
         raise UserError(f"{where}: a class and four numbers were expected, got {' '.join(row)!r}")
+    if numbers[0] >= MOST_CLASSES:
+        raise UserError(f"{where}: the unknown class {row[0]}: a model has {MOST_CLASSES} at most, from 0 on")
     return numbers

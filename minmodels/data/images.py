@@ -68,6 +68,8 @@ def given(paths: list[str], skip: bool) -> dict[str, np.ndarray]:
     files = [file for path in map(Path, paths) for file in (listed(path) if path.is_dir() else [path])]
     names = {}
     for file in files:
+        if not file.exists():
+            raise UserError(f"there is no {file}")
         if names.setdefault(file.stem, file) is not file:
             raise UserError(f"{names[file.stem]} and {file} have the same name, and so would what is written of them")
     return dict(usable(files, lambda file: (file.stem, read(file)), skip))

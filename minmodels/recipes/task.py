@@ -2,7 +2,6 @@
 
 import hashlib
 from abc import abstractmethod
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -79,9 +78,8 @@ class TaskRecipe(Recipe):
     def extras(self):
         return {"tokenizer": self.tokenizer.to_str(), "task": self._about()}
 
-    def finish(self, model, folder: Path):
-        texts = " ".join(f'"TEXT {i}"' for i in range(1, len(self.task.train[0].texts) + 1))
-        return f"to use it: python -m minmodels classify {self.family} --checkpoint {folder} {texts}"
+    def finish(self, model, folder):
+        return ""  # of two such runs minmodels.finetune tells what can be done with one
 
     @classmethod
     def build(cls, meta):

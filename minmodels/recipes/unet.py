@@ -56,8 +56,8 @@ class UNetRecipe(Recipe):
     def finish(self, model, folder):
         shown = self.masks.heldout[:4]
         found = [predicted(model, example.image) for example in shown]
-        with files.writing(folder):
-            figure(shown, found, self.config.classes).savefig(folder / "segmentation.png")
+        with files.replacing(folder / "segmentation.png") as part:
+            figure(shown, found, self.config.classes).savefig(part)
         return f"to use it: python -m minmodels segment IMAGE --checkpoint {folder} --out DIR"
 
     @classmethod

@@ -49,10 +49,11 @@ class YOLORecipe(Recipe):
 
     def finish(self, model, folder):
         curves = {name: self.ap.curve(c) for c, name in enumerate(self.scenes.names) if c in self.ap.classes}
-        with files.writing(folder):
-            title = f"IoU 0.5, mean AP {self.ap.stats['ap50']:.3f}"
-            precision_recall_figure(dict(itertools.islice(curves.items(), 12)), title).savefig(folder / "precision_recall.png")
-            figure(model, self.scenes.heldout[:6], self.scenes.names).savefig(folder / "detections.png")
+        title = f"IoU 0.5, mean AP {self.ap.stats['ap50']:.3f}"
+        with files.replacing(folder / "precision_recall.png") as part:
+            precision_recall_figure(dict(itertools.islice(curves.items(), 12)), title).savefig(part)
+        with files.replacing(folder / "detections.png") as part:
+            figure(model, self.scenes.heldout[:6], self.scenes.names).savefig(part)
         return f"to use it: python -m minmodels detect IMAGE --checkpoint {folder} --out DIR"
 
     def extras(self):

@@ -33,7 +33,7 @@ def test_import_is_quick_and_needs_torch_alone():
 import sys, time, torch
 class Wall:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("numpy", "matplotlib", "rich", "safetensors", "minmodels"):
+        if name.split(".")[0] in ("triton", "numpy", "matplotlib", "rich", "safetensors", "minmodels"):
             raise ImportError(name)
 sys.meta_path.insert(0, Wall())
 start = time.process_time()
@@ -43,6 +43,19 @@ print(time.process_time() - start)
     results = [python(code) for _ in range(3)]
     assert not any(r.returncode for r in results), results[0].stderr
     assert min(float(r.stdout) for r in results) < 0.3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_flops_are_counted_in_either_order_of_imports(order):
+    imports = ["import minkernels", "from torch.utils import flop_counter"][::order]
+    count = """
+q = torch.ones(1, 2, 3, 4)
+with flop_counter.FlopCounterMode(display=False) as counter:
+    minkernels.attention(q, q, q)
+print(counter.get_total_flops())
+"""
+    result = python(f"import torch\n{imports[0]}\n{imports[1]}\n{count}")
+    assert result.stdout == f"{2 * 2 * 3 * 3 * (4 + 4)}\n", result.stderr
 
 
 def test_info_names_what_serves_each_op(library):

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import importlib.abc
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 _LIB = torch.library.Library("minkernels", "FRAGMENT")  # a fragment: _ops.so defines its private operators in the same space
 PATH = Path(__file__).with_name("_ops.so")
@@ -33,8 +34,41 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
     torch.library.register_fake(f"minkernels::{name}", fake, lib=_LIB)
     op = getattr(torch.ops.minkernels, name)
     if flops is not None:
-        register_flop_formula(op)(flops)
+        _flops.add(op, flops)
     return op.default
+
+
+class _FlopFormulas(importlib.abc.MetaPathFinder):
+    """Gives PyTorch's flop counter our formulas when a program imports it. To import it here would take Triton along, and with it
+    longer than all of minkernels."""
+
+    COUNTER = "torch.utils.flop_counter"
+
+    def __init__(self):
+        self.formulas = {}
+        sys.meta_path.insert(0, self)
+
+    def add(self, op, flops: Callable):
+        self.formulas[op] = flops
+        if self.COUNTER in sys.modules:
+            sys.modules[self.COUNTER].register_flop_formula(op)(flops)
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.COUNTER:
+            return None
+        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, others), None)
+        if spec is not None:
+            spec.loader.exec_module = functools.partial(self.execute, spec.loader.exec_module)
+        return spec
+
+    def execute(self, exec_module: Callable, module):
+        exec_module(module)
+        for op, flops in self.formulas.items():
+            module.register_flop_formula(op)(flops)
+
+
+_flops = _FlopFormulas()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

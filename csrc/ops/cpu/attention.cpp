@@ -14,7 +14,11 @@
 
 namespace minkernels {
 
-static constexpr const AttentionKernels (*(*kernels_at[])(Dtype))[2] = LEVELS(attention_kernels);
+static const AttentionRoads& roads_for(Dtype dtype) {
+  static constexpr const AttentionRoads& (*f32[])() = WIDE_LEVELS(attention_roads<float>);
+  static constexpr const AttentionRoads& (*f64[])() = WIDE_LEVELS(attention_roads<double>);
+  return dtype == Dtype::f32 ? f32[level()]() : dtype == Dtype::f64 ? f64[level()]() : attention_16bit(level(), dtype);
+}
 
 using Maybe = std::optional<Tensor>;
 
@@ -147,7 +151,8 @@ static bool run(Attention& a, const Options& x, bool backward) {
   int64_t heads = a.H / a.Hkv, scores = 0;
   for (const Sequence& s : lists.sequences) scores += s.M * s.N;
   a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
-  const AttentionKernels* roads = kernels_at[level()](a.dtype)[backward];
+  const AttentionRoads& both = roads_for(a.dtype);
+  const AttentionKernels* roads = backward ? both.backward : both.forward;
   a.fold = !backward && heads > 1 && a.longest * heads <= roads[0].queries;
   bool whole = roads[1].takes(a);
   const AttentionKernels& kernels = roads[whole];

@@ -71,4 +71,9 @@ struct AttentionKernels {
   void (*merge)(const Attention&, int64_t task, char* scratch);
 };
 
+struct AttentionRoads {  // of one dtype, at one level: packed, whole
+  AttentionKernels forward[2], backward[2];
+};
+const AttentionRoads& attention_16bit(int level, Dtype);  // a source of its own, so that two cores compile the kernels
+
 }  // namespace minkernels

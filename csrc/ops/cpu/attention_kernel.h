@@ -346,17 +346,10 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
 #include "attention_whole.h"
 
 template <class T>
-constexpr AttentionKernels both_ways[2][2] = {
-    {{QUERIES, 0, nullptr, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
-     {0, 0, whole_forward<T>, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
-    {{BWD_QUERIES, BWD_KEYS, nullptr, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr},
-     {0, 0, whole_backward<T>, whole_backward_plan<T>, nullptr, whole_backward_task<T>, nullptr}}};
-static const AttentionKernels (*attention_kernels(Dtype dtype))[2] {  // [forward, backward][packed, whole]
-  switch (dtype) {
-    case Dtype::f16: return both_ways<half>;
-    case Dtype::bf16: return both_ways<bfloat16>;
-    case Dtype::f32: return both_ways<float>;
-    case Dtype::f64: return both_ways<double>;
-  }
-  return nullptr;
+static const AttentionRoads& attention_roads() {
+  static constexpr AttentionRoads roads = {{{QUERIES, 0, nullptr, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
+                                            {0, 0, whole_forward<T>, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
+                                           {{BWD_QUERIES, BWD_KEYS, nullptr, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr},
+                                            {0, 0, whole_backward<T>, whole_backward_plan<T>, nullptr, whole_backward_task<T>, nullptr}}};
+  return roads;
 }

@@ -13,9 +13,17 @@ namespace minkernels {
 
 using Maybe = std::optional<Tensor>;
 
-static constexpr BoxKernels (*kernels_at[])(Dtype, Kind) = LEVELS(box_kernels);
+template <int KIND>
+static BoxKernels kernels_of_kind(Dtype dtype) {
+  static constexpr BoxKernels (*kernels_at[][4])() = {WIDE_LEVELS(box_kernels<half, KIND>), LEVELS(box_kernels<bfloat16, KIND>),
+                                                      WIDE_LEVELS(box_kernels<float, KIND>), WIDE_LEVELS(box_kernels<double, KIND>)};
+  return kernels_at[int(dtype)][level()]();
+}
 
-static BoxKernels kernels_for(const Tensor& t, int64_t kind) { return kernels_at[level()](dtype_of(t), Kind(kind)); }
+static BoxKernels kernels_for(const Tensor& t, int64_t kind) {
+  static constexpr BoxKernels (*of_kind[])(Dtype) = {kernels_of_kind<0>, kernels_of_kind<1>, kernels_of_kind<2>, kernels_of_kind<3>};
+  return of_kind[kind](dtype_of(t));
+}
 
 static Boxes boxes(const Tensor& t) {  // (sets, boxes, 4), or (boxes, 4)
   bool sets = t.dim() == 3;

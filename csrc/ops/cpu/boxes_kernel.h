@@ -178,28 +178,12 @@ INLINE Corners<A> splat_corners(const A* from, int64_t apart) {
 #include "boxes_match.h"
 #include "boxes_loss.h"
 
-template <class A, int KIND>
-constexpr BoxKernels kernels_of{pairs<KIND, A>,  pairs_grad<KIND, A>, match_part<A>,
-                                match_finish<A>, losses<KIND, A, A>,  loss_grads<KIND, A, A>};
-template <class T, int KIND>
-constexpr BoxKernels narrow_kernels_of{nullptr, nullptr, nullptr, nullptr, losses<KIND, T, float>, loss_grads<KIND, T, float>};
-template <int KIND>
-static BoxKernels kernels_for(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16: return narrow_kernels_of<half, KIND>;
-    case Dtype::bf16: return narrow_kernels_of<bfloat16, KIND>;
-    case Dtype::f32: return kernels_of<float, KIND>;
-    default: return kernels_of<double, KIND>;
-  }
-}
-
 }  // namespace
 
-static BoxKernels box_kernels(Dtype dtype, Kind kind) {
-  switch (kind) {
-    case Kind::iou: return kernels_for<0>(dtype);
-    case Kind::giou: return kernels_for<1>(dtype);
-    case Kind::diou: return kernels_for<2>(dtype);
-    default: return kernels_for<3>(dtype);
-  }
+template <class T, int KIND>
+static BoxKernels box_kernels() {
+  if constexpr (sizeof(T) == 2)  // pairs and matches of 16-bit boxes are float's
+    return {nullptr, nullptr, nullptr, nullptr, losses<KIND, T, float>, loss_grads<KIND, T, float>};
+  else
+    return {pairs<KIND, T>, pairs_grad<KIND, T>, match_part<T>, match_finish<T>, losses<KIND, T, T>, loss_grads<KIND, T, T>};
 }

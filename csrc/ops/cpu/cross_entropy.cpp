@@ -13,7 +13,8 @@ namespace minkernels {
 
 using Maybe = std::optional<Tensor>;
 
-static constexpr SoftmaxKernels (*kernels_at[])(Dtype) = LEVELS(softmax_kernels);
+static constexpr SoftmaxKernels kernels_at[][4] = {WIDE_LEVELS(softmax_kernels<half>), LEVELS(softmax_kernels<bfloat16>),
+                                                   WIDE_LEVELS(softmax_kernels<float>), WIDE_LEVELS(softmax_kernels<double>)};
 
 static bool is_label(const Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -129,7 +130,7 @@ static bool turn(Softmax& a) {
 
 // Every row, in tasks that depend on the shape alone; the sum of what they return, in their order.
 static double run(Softmax& a, bool rows_only = false) {
-  SoftmaxKernels kernels = kernels_at[level()](a.logits.dtype);
+  SoftmaxKernels kernels = kernels_at[int(a.logits.dtype)][level()];
   constexpr int64_t elements = 1 << 15;  // of a task
   size_t item = a.logits.dtype == Dtype::f64 ? 8 : 4;
   int64_t tasks, group = 1, tiles = 1;

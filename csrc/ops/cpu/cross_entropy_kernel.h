@@ -101,13 +101,4 @@ static void write_stats(const Softmax& a, int64_t row, const Row<A>& r) {
 #include "cross_entropy_positions.h"
 
 template <class T>
-constexpr SoftmaxKernels softmax_kernels_of{all_rows<T>, all_positions<T>};
-static SoftmaxKernels softmax_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16: return softmax_kernels_of<half>;
-    case Dtype::bf16: return softmax_kernels_of<bfloat16>;
-    case Dtype::f32: return softmax_kernels_of<float>;
-    case Dtype::f64: return softmax_kernels_of<double>;
-  }
-  return {};
-}
+constexpr SoftmaxKernels softmax_kernels{all_rows<T>, all_positions<T>};

@@ -1,5 +1,6 @@
 // Includes KERNEL, a file name, once per instruction set, each time in a namespace of its own. LEVELS(f) lists f at every level,
-// in the order of level(), which picks one at run time. Another level is one block here and one entry in library.cpp.
+// in the order of level(), which picks one at run time; WIDE_LEVELS(f) does for an f that bfloat16 does not pass through, which alone has
+// a use for the last level. What neither names is not compiled. Another level is one block here and one entry in runtime.cpp.
 //
 // KERNEL must not include std or torch headers: their inline functions would be compiled for the level, and the linker might
 // keep that copy for everybody. Pragmas and not flags, for the same reason.
@@ -17,7 +18,10 @@ namespace minkernels::plain {
 #undef LEVEL_BYTES
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define LEVELS(f) {minkernels::plain::f, minkernels::avx2::f, minkernels::avx512::f, minkernels::avx512_bf16::f}
+#define LEVELS(...) \
+  {minkernels::plain::__VA_ARGS__, minkernels::avx2::__VA_ARGS__, minkernels::avx512::__VA_ARGS__, minkernels::avx512_bf16::__VA_ARGS__}
+#define WIDE_LEVELS(...) \
+  {minkernels::plain::__VA_ARGS__, minkernels::avx2::__VA_ARGS__, minkernels::avx512::__VA_ARGS__, minkernels::avx512::__VA_ARGS__}
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
@@ -52,7 +56,8 @@ namespace minkernels::avx512_bf16 {
 #pragma GCC pop_options
 
 #else
-#define LEVELS(f) {minkernels::plain::f}
+#define LEVELS(...) {minkernels::plain::__VA_ARGS__}
+#define WIDE_LEVELS LEVELS
 #endif
 
 #undef LEVEL_VECS

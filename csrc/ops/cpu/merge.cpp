@@ -11,15 +11,8 @@
 
 namespace minkernels {
 
-static constexpr MergeKernels<float> (*float_at[])() = LEVELS(merge_kernels_float);
-static constexpr MergeKernels<double> (*double_at[])() = LEVELS(merge_kernels_double);
 template <class A>
-static MergeKernels<A> kernels_of() {
-  if constexpr (sizeof(A) == 8)
-    return double_at[level()]();
-  else
-    return float_at[level()]();
-}
+static constexpr MergeKernels<A> kernels_at[] = LEVELS(merge_kernels<A>);
 
 static Rows rows_of(const Tensor& t) {
   Rows rows{(char*)t.data_ptr(), dtype_of(t), {}};
@@ -33,12 +26,11 @@ static Rows result(const Tensor& t) {
 
 template <class A>
 static Merge<A> merge_of(const Tensor& out1, const Tensor& lse1, const Tensor& out2, const Tensor& lse2) {
-  return {out1.size(0),
-          out1.size(1),
-          out1.size(2),
-          out1.size(3),
-          {rows_of(out1), rows_of(out2)},
-          {(const A*)lse1.data_ptr(), (const A*)lse2.data_ptr()}};
+  Merge<A> x;
+  x.B = out1.size(0), x.H = out1.size(1), x.M = out1.size(2), x.D = out1.size(3);
+  x.out[0] = rows_of(out1), x.out[1] = rows_of(out2);
+  x.lse[0] = (const A*)lse1.data_ptr(), x.lse[1] = (const A*)lse2.data_ptr();
+  return x;
 }
 
 template <class A, class F>
@@ -52,7 +44,7 @@ static void merge_fwd(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2, Tensor
     using A = decltype(zero);
     Merge<A> x = merge_of<A>(out1, lse1, out2, lse2);
     x.merged = result(out), x.merged_lse = (A*)lse.data_ptr();
-    run_merge(x, kernels_of<A>().forward);
+    run_merge(x, kernels_at<A>[level()].forward);
   };
   dtype_of(lse) == Dtype::f64 ? run(0.0) : run(0.0f);
 }
@@ -65,7 +57,7 @@ static void merge_bwd(Tensor dout, std::optional<Tensor> dlse, Tensor out1, Tens
     x.dmerged = rows_of(dout), x.dmerged_lse = dlse ? (const A*)dlse->data_ptr() : nullptr;
     x.dout[0] = result(dout1), x.dout[1] = result(dout2);
     x.dlse[0] = (A*)dlse1.data_ptr(), x.dlse[1] = (A*)dlse2.data_ptr();
-    run_merge(x, kernels_of<A>().backward);
+    run_merge(x, kernels_at<A>[level()].backward);
   };
   dtype_of(lse1) == Dtype::f64 ? run(0.0) : run(0.0f);
 }

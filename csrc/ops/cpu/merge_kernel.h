@@ -130,5 +130,5 @@ static void merge_backward(const Merge<A>& x, int64_t task) {
   }
 }
 
-static MergeKernels<float> merge_kernels_float() { return {merge_forward<float>, merge_backward<float>}; }
-static MergeKernels<double> merge_kernels_double() { return {merge_forward<double>, merge_backward<double>}; }
+template <class A>
+constexpr MergeKernels<A> merge_kernels{merge_forward<A>, merge_backward<A>};

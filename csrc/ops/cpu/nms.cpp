@@ -18,7 +18,7 @@ namespace minkernels {
 
 using Maybe = std::optional<Tensor>;
 
-static constexpr NmsKernels kernels_at[] = LEVELS(nms_kernels);
+static constexpr NmsKernels kernels_at[] = WIDE_LEVELS(nms_kernels);
 
 // Hands out `bytes` at a time, on cache lines; from null, it counts them.
 struct Carver {

@@ -18,7 +18,7 @@
 
 namespace minkernels {
 
-static constexpr SegmentationKernels (*kernels_at[])(bool) = LEVELS(segmentation_kernels);
+static constexpr SegmentationKernels kernels_at[][4] = {LEVELS(segmentation_kernels<float>), WIDE_LEVELS(segmentation_kernels<double>)};
 
 static Element element_type(const Tensor& t) {
   using torch::headeronly::ScalarType;
@@ -67,7 +67,7 @@ static void add(Operands& all, Operand& o, const std::optional<Tensor>& t) {
   if (t) all.push_back({&o, &*t});
 }
 
-static SegmentationKernels kernels_for(const Tensor& x) { return kernels_at[level()](element_type(x) == Element::f64); }
+static SegmentationKernels kernels_for(const Tensor& x) { return kernels_at[element_type(x) == Element::f64][level()]; }
 
 static void put(const Tensor& t, double value) {
   if (element_type(t) == Element::f64)

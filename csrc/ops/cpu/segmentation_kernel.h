@@ -282,8 +282,7 @@ struct LogSum {
 #include "segmentation_dice.h"
 
 template <class A>
-constexpr SegmentationKernels kernels_of{
+constexpr SegmentationKernels segmentation_kernels{
     count_task<A>, {pointwise_task<A, 0>, pointwise_task<A, 1>, pointwise_task<A, 2>, pointwise_task<A, 3>}, dice_sums<A>, dice_grad<A>};
-static SegmentationKernels segmentation_kernels(bool is_double) { return is_double ? kernels_of<double> : kernels_of<float>; }
 
 }  // namespace

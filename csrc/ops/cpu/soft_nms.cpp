@@ -16,7 +16,7 @@ namespace minkernels {
 
 template <class A>
 static SoftNMSKernels<A> kernels_now() {
-  static constexpr SoftNMSKernels<A> (*kernels_at[])() = LEVELS(soft_nms_kernels<A>);
+  static constexpr SoftNMSKernels<A> (*kernels_at[])() = WIDE_LEVELS(soft_nms_kernels<A>);
   return kernels_at[level()]();
 }
 

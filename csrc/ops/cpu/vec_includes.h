@@ -8,7 +8,7 @@
 
 namespace minkernels {
 
-enum class Dtype { f16, bf16, f32, f64 };
+enum class Dtype { f16, bf16, f32, f64 };  // the order of the tables of kernels
 
 // Storage types; the arithmetic is float's, or double's for double.
 struct half {

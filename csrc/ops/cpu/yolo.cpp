@@ -14,7 +14,8 @@
 
 namespace minkernels {
 
-static constexpr YoloKernels (*kernels_at[])(Dtype) = LEVELS(yolo_kernels);
+static constexpr YoloKernels kernels_at[][4] = {WIDE_LEVELS(yolo_kernels<half>), LEVELS(yolo_kernels<bfloat16>),
+                                                WIDE_LEVELS(yolo_kernels<float>), WIDE_LEVELS(yolo_kernels<double>)};
 
 struct Decoder {
   const Yolo& a;
@@ -80,7 +81,7 @@ static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t h
     a.S = a.head == Head::v1 ? pred.size(1) : std::llround(std::sqrt(double(pred.size(1) / n)));
     a.places = a.S * a.S * boxes_per_cell;
   }
-  YoloKernels kernels = kernels_at[level()](a.dtype);
+  YoloKernels kernels = kernels_at[int(a.dtype)][level()];
   const int64_t block = std::clamp<int64_t>((1 << 17) / a.C, 64, 1024);  // places of a task
   int64_t tasks = (a.places + block - 1) / block, room = block * (multi_label ? a.C : 1);
   int64_t scratch = yolo_scratch(block, a.C);

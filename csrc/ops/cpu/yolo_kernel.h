@@ -170,12 +170,5 @@ static int64_t find(const Yolo& a, int64_t image, int64_t first, int64_t n, char
   return x.found;
 }
 
-static YoloKernels yolo_kernels(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f16: return {find<half>};
-    case Dtype::bf16: return {find<bfloat16>};
-    case Dtype::f32: return {find<float>};
-    case Dtype::f64: return {find<double>};
-  }
-  return {};
-}
+template <class T>
+constexpr YoloKernels yolo_kernels{find<T>};

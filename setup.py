@@ -19,6 +19,10 @@ HOW = "To build it: pip install ninja, then `python -m minkernels build` in the 
 class BuildExt(build_ext):
     """A failed build leaves an install whose Triton and reference roads work; `import minkernels` then says what is missing."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True  # both at a time: ninja has no work for every core all the time
+
     def build_extension(self, ext):
         spec = importlib.util.spec_from_file_location("_build", HERE / "kernels/minkernels/_build.py")
         build = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """What `make run` shows: each model trained for a little, and one page of what they do and how fast the ops are on this machine.
 
-The models train in processes of their own, by the commands that the page names, one on each core where there are several.
+The models train in processes of their own, as the commands that the page names do, one on each core where there are several.
 """
 
 import contextlib
@@ -8,11 +8,10 @@ import json
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
 
@@ -21,13 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 import minkernels
-from minmodels import Interrupted, UserError, exhibits, files, page, speed
+from minmodels import Interrupted, UserError, exhibits, files, forked, page, speed
 from minmodels.data import text as textdata
 from minmodels.train import Signals, told
 
-TRAIN = [sys.executable, "-m", "minmodels", "train"]
 GRACE = 90.0  # seconds at most for what a training does besides its steps: loading, evaluating, drawing
-USUAL = 8.0  # what that takes on a machine that nobody else uses
+USUAL = 4.0  # what that takes on a machine that nobody else uses
 BUDGET = 285.0  # seconds for all trainings: on a busy machine the later ones get less time, so that `make run` stays under six minutes
 INDEX = "index.html"
 
@@ -40,32 +38,31 @@ class Training:
     command: list[str]
     folder: Path
     limit: float  # seconds in which the model learns
-    process: subprocess.Popen | None = None
-    errors: IO = field(default_factory=lambda: tempfile.TemporaryFile("w+"))  # noqa: SIM115  unlike a pipe, it is never full
+    process: BaseProcess | None = None
+    errors: IO = field(default_factory=lambda: tempfile.NamedTemporaryFile("w+"))  # noqa: SIM115  unlike a pipe, it is never full
     begun: float = 0.0
 
     def start(self, threads: int, scale: float):
         self.limit *= scale
         self.command += ["--minutes", f"{self.limit / 60:.3g}"]
-        environment, nothing = {**os.environ, "OMP_NUM_THREADS": str(threads)}, subprocess.DEVNULL
-        self.begun = time.perf_counter()
         for name in (files.CHECKPOINT, files.METRICS, files.CONFIG):  # of an earlier showcase
             with contextlib.suppress(OSError):  # where nothing can be written, the training says so
                 (self.folder / name).unlink()
-        self.process = subprocess.Popen([*TRAIN, *self.command], stdin=nothing, stdout=nothing, stderr=self.errors, env=environment)
+        self.process = forked.process(["train", *self.command], threads, self.errors.name)
+        self.process.start()
+        self.begun = time.perf_counter()
 
     def done(self) -> bool:
-        if self.process.poll() is None and time.perf_counter() - self.begun > self.limit + GRACE:
+        if self.process.is_alive() and time.perf_counter() - self.begun > self.limit + GRACE:
             self.stop()
-        return self.process.poll() is not None
+        return not self.process.is_alive()
 
     def stop(self):
-        if self.process and self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(10)
+        if self.process and self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGINT)
+            self.process.join(10)
             self.process.kill()
-            self.process.wait()
+            self.process.join()
 
     def last(self, key: str) -> dict:
         """Of the lines in the last part of its metrics, the last one with that key; {} if there is none yet."""
@@ -82,13 +79,13 @@ class Training:
 
     def failure(self) -> str:
         """One sentence of why it ended early; "" if it did not."""
-        if not self.process.returncode:
+        if not self.process.exitcode:
             return ""
         if time.perf_counter() - self.begun > self.limit + GRACE:
             return f"it was not done after {self.limit + GRACE:.0f} seconds"
         self.errors.seek(0)
         lines = self.errors.read().strip().splitlines()
-        return lines[-1].removeprefix("error: ") if lines else f"the training ended with status {self.process.returncode}"
+        return lines[-1].removeprefix("error: ") if lines else f"the training ended with status {self.process.exitcode}"
 
 
 def showcase(

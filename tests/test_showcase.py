@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -9,13 +10,14 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")  # the extra "models"
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from minmodels import UserError, exhibits, page, showcase, speed
+from minmodels import UserError, exhibits, forked, page, showcase, speed
 from minmodels.__main__ import main
 from minmodels.exhibits import EXHIBITS
 from test_minmodels_cli import LINE, run
@@ -36,7 +38,6 @@ OPTIONS = {
     "unet": "--images {0}/images --masks {0}/masks --width 4 --depth 2 --crop 32 --batch-size 4",
     "yolo": "--yolo {1} --width 4 --cells 4 --batch-size 4",
 }
-WITHOUT = "import sys; sys.modules[{!r}] = None; from minmodels.__main__ import main; sys.exit(main(['train', *sys.argv[1:]]))"
 
 
 @pytest.fixture
@@ -60,13 +61,31 @@ def tiny(monkeypatch, tmp_path, *names):
 class Now:
     """A process, run here and at once."""
 
-    def __init__(self, command, *, stdin, stdout, stderr, env):
-        assert command[:4] == [sys.executable, "-m", "minmodels", "train"] and int(env["OMP_NUM_THREADS"]) >= 1
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(None):
-            self.returncode = run(*command[3:])
+    def __init__(self, argv, threads, errors):
+        assert argv[0] == "train" and threads >= 1
+        self.argv, self.errors = argv, errors
 
-    def poll(self):
-        return self.returncode
+    def start(self):
+        with open(self.errors, "w") as f, contextlib.redirect_stderr(f), contextlib.redirect_stdout(None):
+            self.exitcode = run(*self.argv)
+
+    def is_alive(self):
+        return False
+
+
+RUN = forked.run
+
+
+def without_tokenizers(argv, threads, errors):
+    sys.modules["tokenizers"] = None
+    RUN(argv, threads, errors)
+
+
+def sleep(argv, threads, errors):
+    if "gpt" in argv:
+        time.sleep(99)
+    Path(errors).write_text("error: no sums today\n")
+    sys.exit(1)
 
 
 class Page(HTMLParser):
@@ -113,7 +132,7 @@ def test_the_page_shows_each_model(book, tmp_path, monkeypatch, capsys):
     names, with_tokens = [one.name for one in EXHIBITS], importlib.util.find_spec("tokenizers") is not None
     folders = [name for name in names if with_tokens or name not in ("minbert", "gpt1")]
     tiny(monkeypatch, tmp_path, *names)
-    monkeypatch.setattr(showcase.subprocess, "Popen", Now)
+    monkeypatch.setattr(forked, "process", Now)
     out = tmp_path / "show"
     for _ in range(2):  # the second one over the first
         showcase.showcase(book, str(out), minutes=0.01, seconds=0.01, sizes=SIZES)
@@ -138,7 +157,7 @@ def test_the_page_shows_each_model(book, tmp_path, monkeypatch, capsys):
 
 def test_a_missing_package_leaves_out_one_part(tmp_path, monkeypatch, capsys):
     tiny(monkeypatch, tmp_path, "minbert", "adder")
-    monkeypatch.setattr(showcase, "TRAIN", [sys.executable, "-c", WITHOUT.format("tokenizers")])
+    monkeypatch.setattr(forked, "run", without_tokenizers)
     showcase.showcase("", str(tmp_path / "show"), minutes=0.01, seconds=0.01, sizes=SIZES)
     reason = "left out: tokenizers is not installed: pip install 'minkernels[models]'"
     assert re.search(rf"^minBERT +\d+ s  {re.escape(reason)}$", capsys.readouterr().out, re.M)
@@ -154,14 +173,13 @@ def test_parts_that_fail_leave_the_others(book, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(exhibits, "EXHIBITS", tuple(chosen))
 
     class Crashes(Now):
-        def __init__(self, command, **how):
-            super().__init__(command, **how)
-            if "minbert" in command:
-                how["stderr"].seek(0)
-                how["stderr"].truncate()
-                self.returncode = -signal.SIGSEGV
+        def start(self):
+            super().start()
+            if "minbert" in self.argv:
+                Path(self.errors).write_text("")
+                self.exitcode = -signal.SIGSEGV
 
-    monkeypatch.setattr(showcase.subprocess, "Popen", Crashes)
+    monkeypatch.setattr(forked, "process", Crashes)
     monkeypatch.setattr(showcase, "BUDGET", 0.0)  # whoever is late has a tenth of its time
     out = tmp_path / "show"
     showcase.showcase(book, str(out), minutes=0.01, seconds=0.01, sizes=SIZES)
@@ -179,7 +197,7 @@ def test_parts_that_fail_leave_the_others(book, tmp_path, monkeypatch, capsys):
 
 def test_a_file_in_the_way_leaves_out_one_part(book, tmp_path, monkeypatch, capsys):
     tiny(monkeypatch, tmp_path, "gpt", "adder")
-    monkeypatch.setattr(showcase.subprocess, "Popen", Now)
+    monkeypatch.setattr(forked, "process", Now)
     out = tmp_path / "my show"
     out.mkdir()
     (out / "gpt").touch()
@@ -191,12 +209,27 @@ def test_a_file_in_the_way_leaves_out_one_part(book, tmp_path, monkeypatch, caps
 def test_one_that_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):
     tiny(monkeypatch, tmp_path, "gpt", "adder")
     monkeypatch.setattr(showcase, "GRACE", 0.0)
-    sleep = "import sys, time; 'gpt' in sys.argv and time.sleep(99); sys.exit('error: no sums today')"
-    monkeypatch.setattr(showcase, "TRAIN", [sys.executable, "-c", sleep])
+    monkeypatch.setattr(forked, "run", sleep)
     with pytest.raises(UserError, match="nothing can be shown: "):
         showcase.showcase("", str(tmp_path / "show"), minutes=0.05)
     assert re.search(r"^minGPT +\d s  left out: it was not done after 3 seconds$", capsys.readouterr().out, re.M)
     assert not (tmp_path / "show" / "index.html").exists()
+
+
+def test_a_forked_command_is_the_command(tmp_path):
+    errors = tmp_path / "errors"
+    errors.touch()
+    command = ["train", "bigram", "--steps", "2", "--out"]
+    for status, said in ((0, ""), (2, "error: .* exists: --resume continues it, --overwrite starts anew\n")):
+        process = forked.process([*command, str(tmp_path / "run")], 1, str(errors))
+        process.start()
+        process.join(120)
+        assert process.exitcode == status and re.fullmatch(said, errors.read_text()), errors.read_text()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "-m", "minmodels", *command, tmp_path / "alone"]
+    subprocess.run(alone, check=True, env=environment, stdout=subprocess.DEVNULL)
+    losses = [[json.loads(line).get("loss") for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("run", "alone")]
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)

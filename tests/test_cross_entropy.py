@@ -135,6 +135,19 @@ def test_cpu_a_gradient_larger_than_the_cache(dtype, levels):
         assert torch.equal(grad, torch.cat(parts, -1)), level
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cpu_a_gradient_in_memory_that_is_there_already(dtype, levels):
+    """Rows are then stored around the cache where they are aligned, here every other one, and are the same as in fresh memory."""
+    from minkernels.cross_entropy import _cpu
+
+    V = 4096 + 32 // dtype.itemsize
+    x, target = make((33 << 20) // (V * dtype.itemsize), V, dtype=dtype)
+    for level in levels:
+        fresh, there = torch.empty_like(x), torch.full_like(x, math.nan)
+        results = [_cpu.fwd(x, target, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, True, out=out) for out in (fresh, there)]
+        assert torch.equal(fresh, there) and torch.equal(results[0][0], results[1][0]), level
+
+
 def test_more_than_2_to_31_elements(library):
     """The last row, and the last column, lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
     x, target = make(2, 70, dtype=torch.float16)

@@ -63,7 +63,8 @@ static void want_grad(Softmax& a, const Tensor& grad) {
   a.grad = volume(grad, columns);
   constexpr int64_t larger_than_a_cache = 32 << 20;
   int64_t bytes = grad.numel() * grad.element_size();
-  a.stream = bytes >= larger_than_a_cache;
+  a.stream = bytes >= larger_than_a_cache && a.grad.data != a.logits.data;
+  a.fresh = a.stream && !resident(a.grad.data, bytes);
   advise_huge_pages(a.grad.data, bytes);
 }
 

@@ -34,6 +34,7 @@ struct Softmax {
   int64_t tile = 0, class_block = 0;   // of the kernel that takes many positions at a time
   bool turned = false;                 // (1, V, rows) whose classes lie side by side, SHORT of them at most
   bool stream = false;                 // whether its gradient is larger than a cache that could keep it
+  bool fresh = false;                  // and its memory is yet to be handed out by the system, which then leaves zeros in the cache
 
   int64_t rows() const { return B * D; }
   int64_t label(int64_t b, int64_t s) const {

@@ -224,25 +224,6 @@ INLINE f32 load_wide(const half* p) { return (f32)_mm512_cvtph_ps((__m256i) * (c
 INLINE words narrowed(f32 x, const half*) { return (words)_mm512_cvtps_ph((__m512)x, 0); }
 #endif
 
-// Into memory; past: around the cache, where the lines of a result that no cache could keep would be read only to be written.
-template <class V>
-INLINE void store_bits(void* p, V v, bool past) {
-#if LEVEL_BYTES >= 32
-  if (past) {
-    if constexpr (sizeof v == 64)
-      _mm512_stream_si512((__m512i*)p, (__m512i)v);
-    else if constexpr (sizeof v == 32)
-      _mm256_stream_si256((__m256i*)p, (__m256i)v);
-    else
-      _mm_stream_si128((__m128i*)p, (__m128i)v);
-    return;
-  }
-#else
-  (void)past;
-#endif
-  __builtin_memcpy(p, &v, sizeof v);
-}
-
 // K classes: z, and the largest so far.
 template <int K, class T, class A>
 INLINE void read_plain(const Tile<A>& x, const T* from, int64_t column, int64_t n, A* z) {

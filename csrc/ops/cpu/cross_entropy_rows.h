@@ -11,6 +11,25 @@ struct RowScratch {
   A z[BLOCK + PAD], c[BLOCK + PAD], e[BLOCK + PAD];
 };
 
+// Into memory; past: around the cache, where the lines of a result that no cache could keep would be read only to be written.
+template <class V>
+INLINE void store_bits(void* p, V v, bool past) {
+#if LEVEL_BYTES >= 32
+  if (past) {
+    if constexpr (sizeof v == 64)
+      _mm512_stream_si512((__m512i*)p, (__m512i)v);
+    else if constexpr (sizeof v == 32)
+      _mm256_stream_si256((__m256i*)p, (__m256i)v);
+    else
+      _mm_stream_si128((__m128i*)p, (__m128i)v);
+    return;
+  }
+#else
+  (void)past;
+#endif
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
 // Two registers of elements in the order that costs least: of bf16 those at even places, then those at odd ones, the halves of words.
 template <class A>
 struct Pair {
@@ -21,8 +40,8 @@ INLINE Pair<A> load_pair(const A* p) {
   return {load(p), load(p + vector<A>::lanes)};
 }
 template <class A>
-INLINE void store_pair(A* p, vec<A> a, vec<A> b) {
-  store(p, a), store(p + vector<A>::lanes, b);
+INLINE void store_pair(A* p, vec<A> a, vec<A> b, bool past = false) {
+  store_bits(p, a, past), store_bits(p + vector<A>::lanes, b, past);
 }
 INLINE Pair<float> load_pair(const bfloat16* p) {
   u32 x = load((const uint32_t*)p);
@@ -32,14 +51,14 @@ INLINE u32 rounded_bf16(f32 x) {  // in the upper half
   u32 u = (u32)x;
   return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
 }
-INLINE void store_pair(bfloat16* p, f32 a, f32 b) {
+INLINE void store_pair(bfloat16* p, f32 a, f32 b, bool past = false) {
 #if LEVEL_BF16_DOT
   constexpr uint16_t halves[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                  8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-  store((uint32_t*)p, (u32)_mm512_permutexvar_epi16((__m512i)load((const uint32_t*)halves), both));
+  store_bits(p, _mm512_permutexvar_epi16((__m512i)load((const uint32_t*)halves), both), past);
 #else
-  store((uint32_t*)p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u));
+  store_bits(p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u), past);
 #endif
 }
 template <class T>
@@ -49,9 +68,8 @@ INLINE Pair<float> load_pair(const half* p) {
   const __m256i_u* x = (const __m256i_u*)p;
   return {(f32)_mm512_cvtph_ps(x[0]), (f32)_mm512_cvtph_ps(x[1])};
 }
-INLINE void store_pair(half* p, f32 a, f32 b) {
-  __m256i_u* x = (__m256i_u*)p;
-  x[0] = _mm512_cvtps_ph((__m512)a, 0), x[1] = _mm512_cvtps_ph((__m512)b, 0);
+INLINE void store_pair(half* p, f32 a, f32 b, bool past = false) {
+  store_bits(p, _mm512_cvtps_ph((__m512)a, 0), past), store_bits(p + 16, _mm512_cvtps_ph((__m512)b, 0), past);
 }
 #else
 template <>
@@ -103,10 +121,10 @@ INLINE A block_sum(const S* z, int64_t whole, A shift, A* e, const T* next, cons
 
 // n elements times factor, from the order of load_pair.
 template <class T, class A>
-INLINE void narrow_pairs(T* to, const A* from, int64_t n, A factor) {
+INLINE void narrow_pairs(T* to, const A* from, int64_t n, A factor, bool past) {
   constexpr int step = 2 * vector<A>::lanes;
   int64_t i = 0;
-  for (; i + step <= n; i += step) store_pair(to + i, load(from + i) * factor, load(from + i + step / 2) * factor);
+  for (; i + step <= n; i += step) store_pair(to + i, load(from + i) * factor, load(from + i + step / 2) * factor, past);
   T rest[step];
   store_pair(rest, load(from + i) * factor, load(from + i + step / 2) * factor);
   for (int64_t k = i; k < n; k++) to[k] = rest[k - i];
@@ -195,7 +213,7 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, in
 // The label's own element is formed from its logit and stored once more, last. grad may be row itself.
 template <class T>
 static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t s, int64_t label, Coefficients<acc_t<T>> k,
-                     RowScratch<acc_t<T>>& x) {
+                     RowScratch<acc_t<T>>& x, bool past = false) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
   k.P *= A(a.scale), k.Q *= A(a.scale), k.H *= A(a.scale), k.S *= A(a.scale);
@@ -212,7 +230,7 @@ static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t
     A factor = x.kept && a.V > BLOCK ? exp_of<A>(x.shifts[j / BLOCK] - k.m) : 1;
     if constexpr (has_pairs<T>)
       if (x.kept && x.raw) {
-        narrow_pairs(out, x.kept + j, n, k.P * factor);
+        narrow_pairs(out, x.kept + j, n, k.P * factor, past);
         continue;
       }
     if (simple && x.kept) {
@@ -247,6 +265,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
   if (a.grad.data && !a.coefficients && a.V <= KEPT) x.shifts = (A*)(memory + sizeof x), x.kept = x.shifts + KEPT / BLOCK;
   x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 &&
           !weighs_all(a) && a.stats_columns <= 5;
+  const bool around = a.stream && !a.fresh && x.raw && x.kept;
   double sum = 0;
   for (int64_t i = first; i < last; i++) {
     int64_t b = i / a.D, s = i % a.D, label = a.target ? a.label(b, s) : -1;
@@ -266,14 +285,18 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
       row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x);
       continue;
     }
-    Row<A> r = row_stats(a, row, grad, b, s, x);
+    const bool past = around && uintptr_t(grad) % 64 == 0;
+    Row<A> r = row_stats(a, row, past ? nullptr : grad, b, s, x);
     if (label >= 0) r.rel = r.m - transformed(a, widen(row[label * a.logits.column]));
     write_stats(a, i, r);
     A w = weight_of<A>(a, label < 0 ? 0 : label);
     double loss = row_loss(a, r, w);
     if (a.loss) ((A*)a.loss)[i] = A(loss);
     sum += loss;
-    if (grad) row_grad(a, grad, row, b, s, label, row_coefficients(a, r, w), x);
+    if (grad) row_grad(a, grad, row, b, s, label, row_coefficients(a, r, w), x, past);
   }
+#if LEVEL_BYTES >= 32
+  if (around) _mm_sfence();  // else other threads might not see yet what went around the cache
+#endif
   return sum;
 }

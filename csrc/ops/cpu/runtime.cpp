@@ -9,6 +9,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace minkernels {
@@ -54,6 +55,21 @@ void advise_huge_pages(void* p, size_t bytes) {
   if (bytes < worth_it) return;
   uintptr_t begin = (uintptr_t(p) + huge_page - 1) / huge_page * huge_page, end = (uintptr_t(p) + bytes) / huge_page * huge_page;
   if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: where it is not taken, only time is lost
+#endif
+}
+
+bool resident(const void* p, size_t bytes) {
+#if defined(__linux__)
+  constexpr int places = 8;
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  for (int i = 0; i < places; i++) {
+    unsigned char there = 0;
+    const uintptr_t at = (uintptr_t(p) + bytes / places * i + bytes / (2 * places)) / page * page;
+    if (mincore((void*)at, 1, &there) || !(there & 1)) return false;
+  }
+  return true;
+#else
+  return false;
 #endif
 }
 

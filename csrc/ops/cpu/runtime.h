@@ -23,6 +23,9 @@ Dtype dtype_of(const Tensor& t);
 // Fresh memory of 4 MB and more costs more in page faults than the kernels take to fill it: ask for huge pages.
 void advise_huge_pages(void* p, size_t bytes);
 
+// Whether it has its pages already, as a sample of it says; the system zeroes fresh ones when they are first touched.
+bool resident(const void* p, size_t bytes);
+
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };

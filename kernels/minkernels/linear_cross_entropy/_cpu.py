@@ -10,8 +10,8 @@ from minkernels.cross_entropy._options import is_labels, label_error
 from minkernels.linear_cross_entropy import _chunked
 
 CHUNK_BYTES = 16 << 20  # of logits
-CHUNK_ROWS = 384  # at least: each chunk reads the weight twice, and reads and writes the sum of its gradients
-PART = 4096  # classes whose product is formed at a time where it is not added at once
+CHUNK_ROWS = 512  # at least: each chunk reads the weight twice, and reads and writes the sum of its gradients
+PART = 2048  # classes whose product is formed at a time where it is not added at once
 
 _add = torch.ops.minkernels._add_bfloat16.default
 

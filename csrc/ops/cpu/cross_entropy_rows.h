@@ -130,6 +130,32 @@ INLINE void narrow_pairs(T* to, const A* from, int64_t n, A factor, bool past) {
   for (int64_t k = i; k < n; k++) to[k] = rest[k - i];
 }
 
+// The gradient of n logits as they lie, but for the label's part. to may be z itself.
+template <bool ENTROPY, class T, class A>
+INLINE void grad_pairs(T* to, const T* z, int64_t n, const Coefficients<A>& k, bool past) {
+  constexpr int step = 2 * vector<A>::lanes, ahead = 1024 / sizeof(T);
+  const vec<A> cap = splat(A(2000));
+  const auto gradient = [&](vec<A> z) {
+    if (!ENTROPY) return exp_of<A>(z - k.m) * k.P;
+    vec<A> below = k.m - z;
+    return exp_of<A>(-below) * (k.P + k.Q * (below > cap ? cap : below));
+  };
+  const auto pair = [&](const T* from, T* out, bool around) {
+    Pair<A> p = load_pair(from);
+    store_pair(out, gradient(p.a), gradient(p.b), around);
+  };
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    for (int j = 0; j < step && !past; j += 64 / sizeof(T)) __builtin_prefetch(to + i + ahead + j, 1);
+    pair(z + i, to + i, past);
+  }
+  if (i == n) return;
+  T rest[step] = {};
+  for (int64_t j = i; j < n; j++) rest[j - i] = z[j];
+  pair(rest, rest, false);
+  for (int64_t j = i; j < n; j++) to[j] = rest[j - i];
+}
+
 // z of n columns from j on; then -inf up to whole steps of four registers. Returns how many that makes.
 template <class T>
 static int64_t read_z(const Softmax& a, const T* row, int64_t j, int64_t n, acc_t<T>* z) {
@@ -233,6 +259,11 @@ static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t
         narrow_pairs(out, x.kept + j, n, k.P * factor, past);
         continue;
       }
+    if constexpr (has_pairs<T>)
+      if (x.raw && !weighed) {
+        k.Q == 0 ? grad_pairs<false>(out, row + j, n, k, past) : grad_pairs<true>(out, row + j, n, k, past);
+        continue;
+      }
     if (simple && x.kept) {
       narrow_row(out, a.grad.column, x.kept + j, n, k.P * factor);
       continue;
@@ -265,7 +296,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
   if (a.grad.data && !a.coefficients && a.V <= KEPT) x.shifts = (A*)(memory + sizeof x), x.kept = x.shifts + KEPT / BLOCK;
   x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 &&
           !weighs_all(a) && a.stats_columns <= 5;
-  const bool around = a.stream && !a.fresh && x.raw && x.kept;
+  const bool around = a.stream && !a.fresh && x.raw && (x.kept || a.coefficients);
   double sum = 0;
   for (int64_t i = first; i < last; i++) {
     int64_t b = i / a.D, s = i % a.D, label = a.target ? a.label(b, s) : -1;
@@ -282,7 +313,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
     if (label < 0 || label >= a.V) label = -1;  // of another shard
     if (a.coefficients) {
       const A* k = (const A*)a.coefficients + i * COEFFICIENTS;
-      row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x);
+      row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x, around && uintptr_t(grad) % 64 == 0);
       continue;
     }
     const bool past = around && uintptr_t(grad) % 64 == 0;

@@ -86,20 +86,25 @@ def divisor(target: Tensor, V: int, weight: Tensor | None, ignore_index: int, dt
 
 
 def coefficients(dloss: Tensor, V: int, target: Tensor, weight: Tensor | None, stats: Tensor, x: Options, reduction: str, empty_zero: bool):
-    """Those of cross_entropy over V classes, whose stats are its saved ones."""
-    m, d = stats[:, 0], stats[:, 1]
+    """Those of cross_entropy over V classes, whose stats are its saved ones: to the bit those of an early gradient (row_coefficients() in
+    C++), in as few operations as the options allow, since each may be a launch."""
+    m, d, zero, s = stats[:, 0], stats[:, 1], torch.zeros_like(stats[:, 0]), x.label_smoothing
+    f = dloss / weighted(divisor(target, V, weight, x.ignore_index, stats.dtype), empty_zero) if reduction == "mean" else dloss
+    f = f.reshape(-1)
     if is_labels(target):
-        w = row_weights(target, weight, x.ignore_index, stats.dtype)
-        H, S = w * (1 - x.label_smoothing), m.new_full((), x.label_smoothing / V)
-        total = H + S * (V if weight is None else weight.sum())
+        plain = weight is None and not s and not x.z_loss
+        w = target.reshape(-1) != x.ignore_index if plain else row_weights(target, weight, x.ignore_index, stats.dtype)
+        total = w * (1 - s) if s else w
+        H = f * total
+        S = (f * (s / V)).expand_as(m) if s else zero
+        if s:
+            total = total + s / V * (V if weight is None else weight.sum())
     else:
-        w, H, S, total = 1.0, torch.zeros_like(m), m.new_ones(()), stats[:, 2]
-    if reduction == "mean":
-        dloss = dloss / weighted(divisor(target, V, weight, x.ignore_index, stats.dtype), empty_zero)
-    f = dloss.reshape(-1) if reduction == "none" else dloss.expand_as(m)
+        w, total, H, S = 1.0, stats[:, 2], zero, f.expand_as(m)
     if x.z_loss:
         total = total + 2 * x.z_loss * w * (m + d.log())
-    return torch.stack([m, f * total / d, torch.zeros_like(m), f * H, f * S], -1)
+    P = H if total is w else f * total
+    return torch.stack([m, P / d, zero, H, S], -1)
 
 
 def transformed(input: Tensor, x: Options) -> Tensor:

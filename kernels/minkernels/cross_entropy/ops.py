@@ -348,12 +348,16 @@ def logprobs_of(stats: Tensor, target: Tensor, ignore_index: int):
     return tuple(t.masked_fill(ignored, 0.0) for t in (-rel - log_d, log_d + E / d, m + log_d))
 
 
-def logprob_coefficients(stats: Tensor, *upstream: Tensor | None) -> Tensor:
-    """upstream: the gradients of what logprobs_of returns."""
+def logprob_coefficients(stats: Tensor, dlogprob: Tensor | None, dentropy: Tensor | None, dlse: Tensor | None) -> Tensor:
+    """From the gradients of what logprobs_of returns; None for what nobody used."""
     m, d, *_, E = stats.unbind(-1)
     zero = torch.zeros_like(m)
-    dlogprob, dentropy, dlse = (zero if t is None else t for t in upstream)
-    return torch.stack([m, (dlse - dlogprob - dentropy * (E / d)) / d, dentropy / d, -dlogprob, zero], -1)
+    H = zero if dlogprob is None else -dlogprob
+    Q = zero if dentropy is None else dentropy / d
+    P = H if dlse is None else H + dlse
+    if dentropy is not None:
+        P = P - Q * E
+    return torch.stack([m, P / d, Q, H, zero], -1)
 
 
 def _token_logprobs(input, target, *options):

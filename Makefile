@@ -55,7 +55,8 @@ ifeq ($(VENV),)
 	$(INSTALL) --no-build-isolation --no-deps --editable .
 else
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --no-compile --constraint constraints.txt torch setuptools ninja pybind11
+	$(INSTALL) --no-compile --constraint constraints.txt torch numpy setuptools ninja pybind11
+	trap 'trap - TERM; kill 0' INT TERM; \
 	{ $(INSTALL) --no-compile --requirement constraints.txt && { \
 	$(INSTALL) --no-deps --only-binary :all: --requirement data.txt || echo "minUNet and minYOLO will ask for data of your own"; }; } & \
 	$(INSTALL) --no-build-isolation --no-deps --editable .; status=$$?; wait $$! && exit $$status

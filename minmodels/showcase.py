@@ -59,7 +59,8 @@ class Training:
 
     def stop(self):
         if self.process and self.process.is_alive():
-            os.kill(self.process.pid, signal.SIGINT)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.process.pid, signal.SIGINT)
             self.process.join(10)
             self.process.kill()
             self.process.join()
@@ -95,6 +96,7 @@ def showcase(
 
     text: a file for the language models. minutes: those in which minGPT learns; the others have less, in proportion. seconds, sizes: of
     the speed table, see speed.measure. What cannot be done here is left out with a sentence that says why, and the rest goes on.
+    A script that calls this needs `if __name__ == "__main__":`, as with all of multiprocessing.
     Raises: UserError for a text that cannot be read, a folder that cannot be written, and if no model could be trained; Interrupted.
     """
     console, folder, start = Console(highlight=False, markup=False), Path(out), time.perf_counter()

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.abc
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable
@@ -45,27 +46,34 @@ class _FlopFormulas(importlib.abc.MetaPathFinder):
     COUNTER = "torch.utils.flop_counter"
 
     def __init__(self):
-        self.formulas = {}
+        self.formulas, self.finding = {}, False
         sys.meta_path.insert(0, self)
 
     def add(self, op, flops: Callable):
         self.formulas[op] = flops
-        if self.COUNTER in sys.modules:
-            sys.modules[self.COUNTER].register_flop_formula(op)(flops)
+        self.register(sys.modules.get(self.COUNTER))
+
+    def register(self, counter):
+        for op, flops in self.formulas.items():
+            if op not in getattr(counter, "flop_registry", self.formulas):
+                counter.register_flop_formula(op)(flops)
 
     def find_spec(self, name, path=None, target=None):
-        if name != self.COUNTER:
+        if name != self.COUNTER or self.finding:
             return None
-        others = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, others), None)
-        if spec is not None:
+        self.finding = True
+        try:
+            spec = importlib.util.find_spec(name)  # as everybody else finds it
+        finally:
+            self.finding = False
+        if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(self.execute, spec.loader.exec_module)
         return spec
 
     def execute(self, exec_module: Callable, module):
         exec_module(module)
-        for op, flops in self.formulas.items():
-            module.register_flop_formula(op)(flops)
+        if module.__name__ == self.COUNTER:
+            self.register(module)
 
 
 _flops = _FlopFormulas()

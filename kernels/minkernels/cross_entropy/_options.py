@@ -86,8 +86,8 @@ def divisor(target: Tensor, V: int, weight: Tensor | None, ignore_index: int, dt
 
 
 def coefficients(dloss: Tensor, V: int, target: Tensor, weight: Tensor | None, stats: Tensor, x: Options, reduction: str, empty_zero: bool):
-    """Those of cross_entropy over V classes, whose stats are its saved ones: to the bit those of an early gradient (row_coefficients() in
-    C++), in as few operations as the options allow, since each may be a launch."""
+    """Those of cross_entropy over V classes, whose stats are its saved ones: in the order of row_coefficients() in C++, and in as few
+    operations as the options allow, since each may be a launch."""
     m, d, zero, s = stats[:, 0], stats[:, 1], torch.zeros_like(stats[:, 0]), x.label_smoothing
     f = dloss / weighted(divisor(target, V, weight, x.ignore_index, stats.dtype), empty_zero) if reduction == "mean" else dloss
     f = f.reshape(-1)

@@ -82,6 +82,7 @@ def without_tokenizers(argv, threads, errors):
 
 
 def sleep(argv, threads, errors):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as run() does
     if "gpt" in argv:
         time.sleep(99)
     Path(errors).write_text("error: no sums today\n")

@@ -146,6 +146,9 @@ def test_cpu_a_gradient_in_memory_that_is_there_already(dtype, levels):
         fresh, there = torch.empty_like(x), torch.full_like(x, math.nan)
         results = [_cpu.fwd(x, target, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, True, out=out) for out in (fresh, there)]
         assert torch.equal(fresh, there) and torch.equal(results[0][0], results[1][0]), level
+        k = torch.tensor([[2.0, 0.5, 0.1, 1.0, 0.0]]).expand(len(x), -1).contiguous()  # formed again: m, P, Q, H, S
+        fresh, there = (_cpu.grad(x, target, None, k, -100, 0.0, 0.0, 0.0, 1.0, out=out) for out in (torch.empty_like(x), there))
+        assert torch.equal(fresh, there), level
 
 
 def test_more_than_2_to_31_elements(library):

@@ -239,7 +239,7 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, in
 // The label's own element is formed from its logit and stored once more, last. grad may be row itself.
 template <class T>
 static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t s, int64_t label, Coefficients<acc_t<T>> k,
-                     RowScratch<acc_t<T>>& x, bool past = false) {
+                     RowScratch<acc_t<T>>& x, bool past) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
   k.P *= A(a.scale), k.Q *= A(a.scale), k.H *= A(a.scale), k.S *= A(a.scale);
@@ -255,13 +255,11 @@ static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t
     T* out = grad + j * a.grad.column;
     A factor = x.kept && a.V > BLOCK ? exp_of<A>(x.shifts[j / BLOCK] - k.m) : 1;
     if constexpr (has_pairs<T>)
-      if (x.kept && x.raw) {
-        narrow_pairs(out, x.kept + j, n, k.P * factor, past);
-        continue;
-      }
-    if constexpr (has_pairs<T>)
-      if (x.raw && !weighed) {
-        k.Q == 0 ? grad_pairs<false>(out, row + j, n, k, past) : grad_pairs<true>(out, row + j, n, k, past);
+      if (x.raw) {
+        if (x.kept)
+          narrow_pairs(out, x.kept + j, n, k.P * factor, past);
+        else
+          k.Q == 0 ? grad_pairs<false>(out, row + j, n, k, past) : grad_pairs<true>(out, row + j, n, k, past);
         continue;
       }
     if (simple && x.kept) {
@@ -311,12 +309,12 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
       continue;
     }
     if (label < 0 || label >= a.V) label = -1;  // of another shard
+    const bool past = around && uintptr_t(grad) % 64 == 0;
     if (a.coefficients) {
       const A* k = (const A*)a.coefficients + i * COEFFICIENTS;
-      row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x, around && uintptr_t(grad) % 64 == 0);
+      row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x, past);
       continue;
     }
-    const bool past = around && uintptr_t(grad) % 64 == 0;
     Row<A> r = row_stats(a, row, past ? nullptr : grad, b, s, x);
     if (label >= 0) r.rel = r.m - transformed(a, widen(row[label * a.logits.column]));
     write_stats(a, i, r);

@@ -80,7 +80,9 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
 // Whether rows of n elements lie in memory as packing would lay them out, but for zeros up to a register.
 template <class T>
 INLINE bool lie_packed(const View& x, int64_t n) {
-  return same<T, word_t<T>> && x.d == 1 && x.row == n;
+  constexpr int PACK = operand<T>::pack;
+  bool as_words = PACK == 1 ? same<T, word_t<T>> : (n | x.b | x.h) % PACK == 0 && uintptr_t(x.data) % sizeof(word_t<T>) == 0;
+  return as_words && x.d == 1 && x.row == n;
 }
 
 // Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
@@ -151,21 +153,21 @@ constexpr A lowest = -__FLT_MAX__;
 template <>
 constexpr double lowest<double> = -__DBL_MAX__;
 
-// A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units), n columns a row, of
-// which those from lo[i] to hi[i] count in row i. f.factor tells by what each row's earlier sums shrink. Loops over all rows, one after
+// A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units): n[i] columns of row i,
+// filled up with zeros to whole registers, of which those from lo[i] to hi[i] count. f.factor tells by what each row's earlier sums shrink. Loops over all rows, one after
 // the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours. dropped(i, x): x, columns of row i.
 template <class T, bool DROP, class F>
-INLINE void softmax_rows(const Forward<T>& f, int64_t rows, int64_t n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
+INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
                          F multipliers) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
   const A inf = __builtin_inf();
   for (int64_t i = 0; i < rows; i++) {
     A* s = f.s + i * KEYS;
-    for (int64_t j = hi[i]; j < n; j++) s[j] = -inf;
+    for (int64_t j = hi[i]; j < round_up(n[i], PACK * L); j++) s[j] = -inf;
     for (int64_t j = 0; j < lo[i]; j++) s[j] = -inf;
-    vec<A> top = load(s);
-    for (int64_t j = L; j < n; j += L) top = max(load(s + j), top);
+    vec<A> top = splat(-inf);
+    for (int64_t j = 0; j < n[i]; j += L) top = max(load(s + j), top);
     f.top[i] = lanes_max(top) * scale;
   }
   for (int64_t i = 0; i < rows; i += L) {
@@ -178,7 +180,7 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, int64_t n, acc_t<T> 
     A* s = f.s + i * KEYS;
     vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
     const A* z = DROP ? multipliers(i) : nullptr;
-    for (int64_t j = 0; j < n; j += PACK * L) {
+    for (int64_t j = 0; j < n[i]; j += PACK * L) {
       vec<A> x[PACK];
 #pragma GCC unroll 2
       for (int u = 0; u < PACK; u++) {
@@ -235,7 +237,7 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   int64_t rows = block.rows;
   A scale = A(a.scale * LOG2E);
   const W* q = f.q;
-  if (a.whole && rows % ROWS == 0 && lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
+  if (rows % ROWS == 0 && lie_packed<T>(a.q, a.D) && scale > 0 && !block.fold) {
     q = (const W*)row_of<T>(a.q, s.b, block.h, s.q0 + block.row0);
   } else {
     pack_rows<T>(f.q, z.dw, [&](int64_t r) { return row_of<T>(a.q, s.b, block.head(r), s.q0 + block.query(r)); }, a.q.d, a.D, rows, ROWS);
@@ -249,7 +251,7 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   }
   bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
   A before = scale, after = curved ? A(1) : scale;
-  int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES];
+  int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES], n[QUERIES];
   int64_t begin = s.N, end = 0;
   for (int64_t r = 0; r < rows; r += L) store(f.m + r, splat(A(-__builtin_inf()))), store(f.top + r, splat(A(-__builtin_inf())));
   for (int64_t r = 0; r < rows; r++) {
@@ -268,16 +270,26 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   bool empty = true;
   A multipliers[KEYS + 64];
   for (int64_t j0 = begin; j0 < end; j0 += KEYS) {
-    int64_t keys = min(end - j0, KEYS), n = round_up(keys, L * PACK);
+    int64_t keys = min(end - j0, KEYS), step = rows;
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
+    for (int64_t r = 0; r < rows; r++) {
+      lo[r] = int32_t(max(0, min(from[r] - j0, keys))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
+      if (hi[r] < keys && !a.stream) step = ROWS;  // on the diagonal: as many keys as some of these rows see
+    }
+    for (int64_t r0 = 0; r0 < rows; r0 += step) {
+      int32_t reach = 0;
+      for (int64_t r = r0; r < min(r0 + step, rows); r++) reach = max(reach, hi[r]);
+      for (int64_t r = r0; r < min(r0 + step, rows); r++) n[r] = reach;
+    }
     if (a.stream)
       stream_scores<T>(a, s, block.kv_head, j0, keys, q, z.dw, rows, f.s);
     else
-      exact_product(rows, keys, z.dw, q, z.dw, kt + j0 * z.dw, COLS<A>, COLS<A> * z.dw, f.s, KEYS);
-    for (int64_t r = 0; r < rows; r++) {
-      lo[r] = int32_t(max(0, min(from[r] - j0, n))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
-      if (curved || a.mask.data) score_row(a, s, block.head(r), block.query(r), j0, n, keys, before, f.s + r * KEYS);
-    }
+      for (int64_t j = 0; j < keys; j += COLS<A>)
+        for (int64_t r = 0; r < rows; r += step)
+          exact_product(min(step, rows - r), min(n[r] - j, COLS<A>), z.dw, q + r * z.dw, z.dw, kt + (j0 + j) * z.dw, COLS<A>, 0,
+                        f.s + r * KEYS + j, KEYS);
+    if (curved || a.mask.data)
+      for (int64_t r = 0; r < rows; r++) score_row(a, s, block.head(r), block.query(r), j0, n[r], before, f.s + r * KEYS);
     if (a.dropout_p > 0)
       softmax_rows<T, true>(f, rows, n, after, lo, hi, [&](int64_t r) {
         drop_row(a, s, block.head(r), block.query(r), j0, keys, multipliers);
@@ -285,13 +297,17 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
       });
     else
       softmax_rows<T, false>(f, rows, n, after, lo, hi, [](int64_t) { return nullptr; });
-    const W* p = (W*)f.s;
-    if (a.stream)
-      stream_values<T>(a, s, block.kv_head, j0, keys, p, rows, f.o, z.dvp, empty ? nullptr : f.factor);
-    else if (empty)
-      product<Start::zero>(rows, a.Dv, words<T>(keys), p, KEYS, vn + j0 / PACK * z.dvp, z.dvp, COLS<A>, f.o, z.dvp);
-    else
-      product<Start::scale>(rows, a.Dv, words<T>(keys), p, KEYS, vn + j0 / PACK * z.dvp, z.dvp, COLS<A>, f.o, z.dvp, f.factor);
+    for (int64_t r = 0; r < rows; r += step) {
+      int64_t many = min(step, rows - r), steps = words<T>(n[r]);
+      const W *p = (W*)f.s + r * KEYS, *v = vn + j0 / PACK * z.dvp;
+      A* o = f.o + r * z.dvp;
+      if (a.stream)
+        stream_values<T>(a, s, block.kv_head, j0, n[r], p, rows, o, z.dvp, empty ? nullptr : f.factor);
+      else if (empty)
+        product<Start::zero>(many, a.Dv, steps, p, KEYS, v, z.dvp, COLS<A>, o, z.dvp);
+      else
+        product<Start::scale>(many, a.Dv, steps, p, KEYS, v, z.dvp, COLS<A>, o, z.dvp, f.factor + r);
+    }
     empty = false;
   }
   if (empty) __builtin_memset(f.o, 0, rows * z.dvp * sizeof(A));

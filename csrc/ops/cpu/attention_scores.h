@@ -52,19 +52,19 @@ INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i
   }
 }
 
-// A row of n products q k as scores in log2 units, by: what they are multiplied by to become so.
+// A row of products q k as scores in log2 units, by: what they are multiplied by to become so.
 template <class A>
-static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t n, int64_t keys, A by, A* row) {
+static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A by, A* row) {
   constexpr int L = vector<A>::lanes;
   if (a.softcap > 0) {
     A in = A(by / (LOG2E * a.softcap)), out = A(a.softcap * LOG2E);
-    for (int64_t j = 0; j < n; j += L) store(row + j, tanh<vec<A>>(load(row + j) * in) * out);
+    for (int64_t j = 0; j < keys; j += L) store(row + j, tanh<vec<A>>(load(row + j) * in) * out);
     by = 1;
   }
   if (a.bias.data) {
     A bias[PACKED_KEYS] = {};
     bias_row(a, s, h, i, j0, keys, bias);
-    for (int64_t j = 0; j < n; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
+    for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
   }
   if (a.mask.data)
     for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { row[j] = *seen ? row[j] : -__builtin_inf(); });

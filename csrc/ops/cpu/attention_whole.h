@@ -41,7 +41,7 @@ static void whole_forward_task(const Attention& a, int64_t task, char* scratch) 
     if (!s.M) continue;
     pack_keys<T>(a.k, s, kv_head, 0, n, a.D, w.kt, nullptr, 0, w.natural);
     const word_t<T>* vn = w.vn;
-    if (lie_packed<T>(a.v, z.dvp) && a.Dv == z.dvp && !s.keys)
+    if (operand<T>::pack == 1 && lie_packed<T>(a.v, z.dvp) && a.Dv == z.dvp && !s.keys)
       vn = (const word_t<T>*)row_of<T>(a.v, s.b, kv_head, s.k0);
     else
       pack_keys<T>(a.v, s, kv_head, 0, n, a.Dv, nullptr, w.vn, z.dvp, w.natural);

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <thread>
 #include <vector>
@@ -42,7 +43,6 @@ struct Options {
 struct Lists {
   std::vector<Sequence> sequences;
   std::vector<int32_t> keys;  // keys and counts of each sequence
-  std::vector<Item> chunks, blocks, q_blocks;
 };
 
 // Keys hidden at the end are as good as absent; other hidden ones need a list.
@@ -90,7 +90,7 @@ static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, co
   Attention a;
   a.q = view(q), a.k = view(k), a.v = view(v), a.o = view(o), a.lse = (char*)lse.data_ptr();
   a.B = q.size(0), a.H = q.size(1), a.M = q.size(2), a.D = q.size(3);
-  a.Hkv = k.size(1), a.N = k.size(2), a.Dv = v.size(3);
+  a.Hkv = k.size(1), a.N = k.size(2), a.Dv = v.size(3), a.group = a.Hkv ? a.H / a.Hkv : 1;
   a.dtype = dtype_of(q);
   a.bias = broadcast(x.bias), a.mask = broadcast(x.mask);
   if (x.bias) a.bias_dtype = dtype_of(*x.bias);
@@ -104,73 +104,141 @@ static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, co
 }
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+static int64_t forward_blocks(const Attention& a, const Sequence& s, const AttentionKernels& kernels) {
+  return blocks_of(s.M * (a.fold ? a.group : 1), kernels.queries);
+}
 
-constexpr double worth_a_task = 1e5;  // operations
+constexpr double worth_a_task = 1e5;     // operations
+constexpr int64_t most_local = 8 << 20;  // bytes: each thread keeps them
 
-// Forward: blocks of queries, those that see the most keys first. Backward: blocks of keys, in ascending order, as their turns need.
-static void list_work(Attention& a, Lists& lists, const AttentionKernels& kernels, bool backward) {
-  int64_t heads = a.H / a.Hkv, most_blocks = 0;
-  for (int64_t i = 0; i < a.count; i++) {
-    Sequence& s = lists.sequences[i];
-    s.slots = a.slots, s.q_slots = a.q_slots, s.turns = a.all_turns;
-    a.slots += blocks_of(s.N, PACKED_KEYS) * PACKED_KEYS;
-    a.q_slots += blocks_of(s.M, PACKED_QUERIES) * PACKED_QUERIES;
-    for (int64_t block = 0; block < blocks_of(s.rows, PACKED_KEYS); block++) lists.chunks.push_back({int32_t(i), int32_t(block)});
-    if (backward) {
-      int64_t q_blocks = blocks_of(s.M, kernels.queries);
-      a.all_turns += a.H * q_blocks;
-      for (int64_t block = 0; block < q_blocks; block++) lists.q_blocks.push_back({int32_t(i), int32_t(block)});
+// Where the packed operands of each sequence lie: beside each other, or, where a task has a workspace of its own, in the same place.
+static void place(Attention& a, Lists& lists, const AttentionKernels& kernels, bool local) {
+  a.local = local, a.slots = a.q_slots = a.all_turns = a.blocks = 0;
+  for (Sequence& s : lists.sequences) {
+    int64_t slots = blocks_of(s.N, PACKED_KEYS) * PACKED_KEYS, q_slots = blocks_of(s.M, PACKED_QUERIES) * PACKED_QUERIES;
+    s.blocks = a.blocks, a.blocks += forward_blocks(a, s, kernels);
+    if (local) {
+      s.slots = s.q_slots = 0, a.slots = std::max(a.slots, slots), a.q_slots = std::max(a.q_slots, q_slots);
+    } else {
+      s.slots = a.slots, s.q_slots = a.q_slots, s.turns = a.all_turns;
+      a.slots += slots, a.q_slots += q_slots;
+      if (kernels.pack_queries) a.all_turns += a.H * blocks_of(s.M, kernels.queries);
     }
-    int64_t n = backward ? blocks_of(s.N, kernels.keys) : blocks_of(s.M * (a.fold ? heads : 1), kernels.queries);
-    most_blocks = std::max(most_blocks, n);
   }
-  for (int64_t n = 0; n < most_blocks; n++)
-    for (int64_t i = 0; i < a.count; i++) {
-      const Sequence& s = lists.sequences[i];
-      int64_t block = backward ? n : blocks_of(s.M * (a.fold ? heads : 1), kernels.queries) - 1 - n;
-      bool wanted = !backward ? block >= 0 : a.every_b ? i == 0 : block * kernels.keys < s.N;
-      if (wanted) lists.blocks.push_back({int32_t(i), int32_t(block)});
-    }
-  if (!backward && a.count > 1)  // those of one sequence already are in order
-    std::stable_sort(lists.blocks.begin(), lists.blocks.end(), [&](const Item& x, const Item& y) {
-      auto keys = [&](const Item& item) {
-        const Sequence& s = lists.sequences[item.sequence];
-        int64_t last = std::min((item.block + 1) * kernels.queries, s.M) - 1 + s.off, first = item.block * kernels.queries + s.off;
-        return std::min(s.N, last + a.right + 1) - std::max<int64_t>(0, first - a.left);
+  kernels.plan(a);
+}
+
+// Whether whole key heads are as well shared out among the threads as blocks are. They are faster: their operands stay in a core's cache.
+static bool worth_local(const Attention& a) {
+  if (a.every_b || a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
+  double largest = 1, all = 0, threads = double(torch::stable::get_num_threads());
+  for (int64_t i = 0; i < a.count; i++) {
+    double size = double(a.sequences[i].M) * double(a.sequences[i].N);
+    largest = std::max(largest, size), all += size * double(a.Hkv);
+  }
+  double rounds = all / largest / threads;  // of tasks as large as the largest
+  return rounds >= 4 && std::ceil(rounds) <= 1.1 * rounds;
+}
+
+// The sequences, those that take longest first.
+static std::vector<int32_t> in_order(const Attention& a) {
+  std::vector<int32_t> order(a.count);
+  std::iota(order.begin(), order.end(), 0);
+  const auto size = [&](int32_t i) { return a.sequences[i].M * a.sequences[i].N; };
+  if (a.most_keys > SHORT) std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return size(i) > size(j); });
+  return order;
+}
+
+// Each step for one key head after the other, in workspace of the thread's own.
+static void run_heads(const Attention& a, const AttentionKernels& kernels, bool backward, int64_t most_threads) {
+  const std::vector<int32_t> order = in_order(a);
+  const int32_t group = int32_t(a.group);
+  const int64_t pairs = a.count * a.Hkv, many = 1 + int64_t(worth_a_task * double(pairs) / (a.flops + 1));
+  const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64;
+  const auto run = [&](int64_t task, char* scratch) {
+    Attention one = a;
+    one.work = scratch + scratch_bytes;
+    for (int64_t pair = task * many; pair < std::min((task + 1) * many, pairs); pair++) {
+      const int32_t i = order[pair / a.Hkv], head = int32_t(pair % a.Hkv);
+      const Sequence& s = a.sequences[i];
+      const auto each = [&](AttentionStep step, int64_t blocks, int32_t heads) {
+        for (int32_t h = head * heads; h < (head + 1) * heads; h++)
+          for (int32_t block = 0; block < blocks; block++) step(one, {i, h, block}, scratch);
       };
-      return keys(x) > keys(y);
-    });
-  a.chunks = lists.chunks.data(), a.chunk_count = lists.chunks.size();
-  a.blocks = lists.blocks.data(), a.block_count = lists.blocks.size();
-  a.q_blocks = lists.q_blocks.data(), a.q_block_count = lists.q_blocks.size();
+      if (kernels.pack_keys) each(kernels.pack_keys, blocks_of(s.rows, PACKED_KEYS), 1);
+      if (kernels.pack_queries) each(kernels.pack_queries, blocks_of(s.M, kernels.queries), group);
+      if (backward)
+        each(kernels.run, kernels.pack_keys ? blocks_of(s.N, kernels.keys) : 1, 1);
+      else
+        each(kernels.run, forward_blocks(a, s, kernels), a.fold ? 1 : group);
+    }
+  };
+  run_tasks(blocks_of(pairs, many), scratch_bytes + a.work_bytes, run, most_threads);
+}
+
+// Each step for all heads before the next. A step's blocks go by as many heads as there are threads at a time, whose operands then stay in
+// the cache; forward, blocks that take longest come first; backward, the blocks of a head in ascending order, as their turns need.
+static void run_blocks(Attention& a, const AttentionKernels& kernels, bool backward, int64_t most_threads) {
+  const std::vector<int32_t> order = in_order(a);
+  const int64_t at_once = torch::stable::get_num_threads();
+  const auto list = [&](int64_t heads, auto blocks) {
+    std::vector<Item> items;
+    const int64_t pairs = a.count * heads;
+    for (int64_t pair0 = 0; pair0 < pairs; pair0 += at_once) {
+      const int64_t end = std::min(pair0 + at_once, pairs);
+      int64_t most = 0;
+      for (int64_t pair = pair0; pair < end; pair++) most = std::max(most, blocks(a.sequences[order[pair / heads]]));
+      for (int64_t n = 0; n < most; n++)
+        for (int64_t pair = pair0; pair < end; pair++) {
+          const int32_t i = order[pair / heads];
+          const int64_t many = blocks(a.sequences[i]), block = backward ? n : many - 1 - n;
+          if (n < many) items.push_back({i, int32_t(pair % heads), int32_t(block)});
+        }
+    }
+    return items;
+  };
+  Workspace work(a.work_bytes);
+  a.work = work.get();
+  std::memset(a.work + a.turn, 0, a.all_turns * sizeof(int64_t));
+  const auto phase = [&](const std::vector<Item>& items, AttentionStep step) {
+    const auto run = [&](int64_t task, char* scratch) { step(a, items[task], scratch); };
+    if (!items.empty()) run_tasks(int64_t(items.size()), a.scratch_bytes, run, most_threads);
+  };
+  if (!a.stream) phase(list(a.Hkv, [](const Sequence& s) { return blocks_of(s.rows, PACKED_KEYS); }), kernels.pack_keys);
+  if (backward) {
+    phase(list(a.H, [&](const Sequence& s) { return blocks_of(s.M, kernels.queries); }), kernels.pack_queries);
+    std::vector<Item> blocks;
+    if (!a.every_b) blocks = list(a.every_h ? 1 : a.Hkv, [&](const Sequence& s) { return blocks_of(s.N, kernels.keys); });
+    for (int32_t n = 0; a.every_b && n < blocks_of(a.most_keys, kernels.keys); n++)
+      for (int32_t h = 0; h < (a.every_h ? 1 : a.Hkv); h++) blocks.push_back({0, h, n});
+    return phase(blocks, kernels.run);
+  }
+  const std::vector<Item> blocks = list(a.fold ? a.Hkv : a.H, [&](const Sequence& s) { return forward_blocks(a, s, kernels); });
+  std::vector<Item> splits;
+  for (Item item : blocks)
+    for (item.split = 0; item.split < a.splits; item.split++) splits.push_back(item);
+  phase(splits, kernels.run);
+  if (a.splits > 1) phase(blocks, kernels.merge);
 }
 
 static bool run(Attention& a, const Options& x, bool backward) {
   Lists lists;
   if (!list_sequences(a, lists, x)) return false;
-  int64_t heads = a.H / a.Hkv, scores = 0;
-  for (const Sequence& s : lists.sequences) scores += s.M * s.N;
+  double scores = 0;
+  for (const Sequence& s : lists.sequences) scores += double(s.M) * double(s.N);
   a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
-  const AttentionRoads& both = roads_for(a.dtype);
-  const AttentionKernels* roads = backward ? both.backward : both.forward;
-  a.fold = !backward && heads > 1 && a.longest * heads <= roads[0].queries;
-  bool whole = roads[1].takes(a);
-  const AttentionKernels& kernels = roads[whole];
-  if (whole)
-    a.whole = 1 + int64_t(worth_a_task * a.count * a.Hkv / (a.flops + 1));
+  const AttentionRoads& roads = roads_for(a.dtype);
+  const bool whole = backward && roads.takes_short(a);
+  const AttentionKernels& kernels = !backward ? roads.forward : whole ? roads.short_backward : roads.backward;
+  a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
+  place(a, lists, kernels, true);
+  if (!whole && (a.stream || a.most_keys > SHORT || a.longest > SHORT || a.every_b || a.every_h) && !worth_local(a))
+    place(a, lists, kernels, false);
+  const int64_t most_threads = a.flops < 1e6 ? 1 : INT64_MAX;  // below that, waking a thread takes longer than the work
+  if (a.local)
+    run_heads(a, kernels, backward, most_threads);
   else
-    list_work(a, lists, kernels, backward);
-  kernels.plan(a);
-  Workspace work(a.work_bytes);
-  a.work = work.get();
-  std::memset(a.work + a.turn, 0, a.all_turns * sizeof(int64_t));
-  int64_t most_threads = a.flops < 1e6 ? 1 : INT64_MAX;  // below that, waking a thread takes longer than the work
-  const auto phase = [&](int64_t tasks, auto* step) {
-    if (tasks) run_tasks(tasks, a.scratch_bytes, [&](int64_t task, char* scratch) { step(a, task, scratch); }, most_threads);
-  };
-  phase(a.pack_tasks, kernels.pack);
-  phase(a.tasks, kernels.run);
-  phase(a.merge_tasks, kernels.merge);
+    run_blocks(a, kernels, backward, most_threads);
   return true;
 }
 

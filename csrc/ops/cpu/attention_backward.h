@@ -29,17 +29,15 @@ static void backward_plan(Attention& a) {
   using A = acc_t<T>;
   constexpr int PACK = operand<T>::pack;
   Sizes<T> z(a);
-  int64_t keys = a.Hkv * a.slots, queries = a.H * a.q_slots;
+  int64_t keys = (a.local ? 1 : a.Hkv) * a.slots, queries = (a.local ? a.group : a.H) * a.q_slots;
   Pieces p{nullptr};
   a.kt = (int64_t)p.take<W>(keys * z.dw), a.vt = (int64_t)p.take<W>(keys * z.dvw), a.kn = (int64_t)p.take<W>(keys / PACK * z.dp);
   a.qt = (int64_t)p.take<W>(queries / PACK * z.d6), a.dot = (int64_t)p.take<W>(queries / PACK * z.dv6);
-  a.dq32 = (int64_t)p.take<A>(queries * z.dp), a.delta = (int64_t)p.take<A>(a.B * a.H * a.M);
+  a.dq32 = (int64_t)p.take<A>(queries * z.dp), a.delta = (int64_t)p.take<A>(queries);
   a.turn = (int64_t)p.take<int64_t>(a.all_turns);
   a.work_bytes = (int64_t)p.next;
   int64_t natural = max(KEYS, BWD_QUERIES) * max(z.dw, z.dvw) * sizeof(W), task = Backward<T>(z, nullptr).end - (char*)nullptr;
   a.scratch_bytes = max(natural, task);
-  a.pack_tasks = a.Hkv * a.chunk_count + a.H * a.q_block_count;
-  a.tasks = a.block_count * (a.every_h ? 1 : a.Hkv);
 }
 
 template <class T>
@@ -49,8 +47,10 @@ INLINE void zero_row(T* row, int64_t stride, int64_t n) {
 
 // Keys of a chunk: packed three ways; a key that nobody sees gets zero gradients.
 template <class T>
-static void backward_pack_keys(const Attention& a, const Sequence& s, int64_t h, int64_t first, char* scratch) {
+static void backward_pack_keys(const Attention& a, const Item& chunk, char* scratch) {
   Sizes<T> z(a);
+  const Sequence& s = a.sequences[chunk.sequence];
+  int64_t h = chunk.head, first = chunk.block * KEYS;
   int64_t begin = first_key(a, s, 0), end = s.M ? last_key(a, s, s.M - 1) : 0;  // what any query sees
   int64_t n = min(seen_before(s, s.N) - first, KEYS);
   if (n > 0 && first < end && first + n > begin) {
@@ -67,19 +67,21 @@ static void backward_pack_keys(const Attention& a, const Sequence& s, int64_t h,
 
 // Queries of a block: q and do transposed, delta = sum(do * o) - dlse per row; a block that sees no key gets its zero dq here.
 template <class T>
-static void backward_pack_queries(const Attention& a, const Sequence& s, int64_t h, int64_t block, char* scratch) {
+static void backward_pack_queries(const Attention& a, const Item& block, char* scratch) {
   using W = word_t<T>;
   using A = acc_t<T>;
   constexpr int PACK = operand<T>::pack;
   Sizes<T> z(a);
-  int64_t i0 = block * BWD_QUERIES, rows = min(s.M - i0, BWD_QUERIES), q0 = s.q0 + i0, mw = words<T>(round_up(s.M, ROWS));
+  const Sequence& s = a.sequences[block.sequence];
+  int64_t i0 = block.block * BWD_QUERIES, rows = min(s.M - i0, BWD_QUERIES), q0 = s.q0 + i0, mw = words<T>(round_up(s.M, ROWS));
+  int64_t h = block.head, slot = query_slot(a, s, h);
   if (first_key(a, s, i0) >= last_key(a, s, i0 + rows - 1)) {
     for (int64_t i = 0; i < rows; i++) zero_row(row_of<T>(a.dq, s.b, h, q0 + i), a.dq.d, a.D);
     return;
   }
   W* natural = (W*)scratch;
   auto pack = [&](const View& x, int64_t d, int64_t d6, int64_t at) {  // natural rows -> rows of two queries -> [d][word of query]
-    W* to = (W*)(a.work + at) + (h * a.q_slots + s.q_slots) / PACK * d6 + i0 / PACK;
+    W* to = (W*)(a.work + at) + slot / PACK * d6 + i0 / PACK;
     int64_t dw = words<T>(d), n = words<T>(rows);
     pack_rows<T>(natural, dw, [&](int64_t i) { return row_of<T>(x, s.b, h, q0 + i); }, x.d, d, rows, PACK);
 #if LEVEL_BF16_DOT
@@ -98,8 +100,7 @@ static void backward_pack_queries(const Attention& a, const Sequence& s, int64_t
   pack(a.q, a.D, z.d6, a.qt);
   pack(a.dout, a.Dv, z.dv6, a.dot);
 
-  int64_t at = (s.b * a.H + h) * a.M + q0;
-  A* delta = (A*)(a.work + a.delta) + at;
+  A* delta = (A*)(a.work + a.delta) + slot + i0;
   constexpr int L = vector<A>::lanes;
   A x[256 + L] = {}, y[256 + L] = {};  // beyond Dv they stay 0
   for (int64_t i = 0; i < rows; i++) {
@@ -107,19 +108,8 @@ static void backward_pack_queries(const Attention& a, const Sequence& s, int64_t
     widen_row(y, row_of<T>(a.o, s.b, h, q0 + i), a.o.d, a.Dv);
     vec<A> sum = {};
     for (int64_t j = 0; j < a.Dv; j += L) sum += load(x + j) * load(y + j);
-    delta[i] = A(lanes_sum(sum) - (a.dlse ? ((const lse_t<T>*)a.dlse)[at + i] : 0));
+    delta[i] = A(lanes_sum(sum) - (a.dlse ? ((const lse_t<T>*)a.dlse)[(s.b * a.H + h) * a.M + q0 + i] : 0));
   }
-}
-
-template <class T>
-static void backward_pack(const Attention& a, int64_t task, char* scratch) {
-  int64_t chunks = a.Hkv * a.chunk_count;
-  if (task < chunks) {
-    const Item& item = a.chunks[task / a.Hkv];
-    return backward_pack_keys<T>(a, a.sequences[item.sequence], task % a.Hkv, item.block * KEYS, scratch);
-  }
-  const Item& item = a.q_blocks[(task - chunks) / a.H];
-  backward_pack_queries<T>(a, a.sequences[item.sequence], (task - chunks) % a.H, item.block, scratch);
 }
 
 template <class A>
@@ -225,13 +215,13 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
   if (keys <= 0 || j0 + keys <= first_key(a, s, 0)) return;
   const W *kt = panels_of<T>(a, a.kt, s, kv_head, z.dw) + j0 * z.dw, *vt = panels_of<T>(a, a.vt, s, kv_head, z.dvw) + j0 * z.dvw;
   const W* kn = rows_of<T>(a, a.kn, s, kv_head, z.dp) + j0 / PACK * z.dp;
-  int64_t blocks = (s.M + BWD_QUERIES - 1) / BWD_QUERIES, group = a.H / a.Hkv, mw = words<T>(round_up(s.M, ROWS));
+  int64_t blocks = (s.M + BWD_QUERIES - 1) / BWD_QUERIES, group = a.group, mw = words<T>(round_up(s.M, ROWS));
   bool general = a.softcap > 0 || a.bias.data || a.mask.data || a.dropout_p > 0;
   __builtin_memset(w.dkt, 0, z.d6 * BWD_KEYS * sizeof(A));
   __builtin_memset(w.dvt, 0, z.dv6 * BWD_KEYS * sizeof(A));
 
   for (int64_t g = 0; g < group; g++) {
-    int64_t h = kv_head * group + g, head = s.b * a.H + h, slot = h * a.q_slots + s.q_slots;
+    int64_t h = kv_head * group + g, head = s.b * a.H + h, slot = query_slot(a, s, h);
     const W *qt = (W*)(a.work + a.qt) + slot / PACK * z.d6, *dot = (W*)(a.work + a.dot) + slot / PACK * z.dv6;
     for (int64_t iq = 0; iq < blocks; iq++) {
       int64_t first = iq * BWD_QUERIES, last = min(first + BWD_QUERIES, s.M), begin = first_key(a, s, first),
@@ -256,7 +246,7 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
         if (lse == -__builtin_inf())
           row[r] = {A(-lse), 0, 0, 0, 0};
         else
-          row[r] = {A(lse), A(lse - A(lse)), ((A*)(a.work + a.delta))[at], max(first_key(a, s, i0 + r) - j0, 0),
+          row[r] = {A(lse), A(lse - A(lse)), ((A*)(a.work + a.delta))[slot + i0 + r], max(first_key(a, s, i0 + r) - j0, 0),
                     min(last_key(a, s, i0 + r) - j0, keys)};
         edge |= row[r].lo > 0 || row[r].hi < n;
       }
@@ -272,8 +262,8 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       product<Start::add>(a.Dv, keys, words<T>(rows), dot + i0 / PACK, mw, w.pairs_p, BWD_KEYS, COLS<A>, w.dvt, BWD_KEYS);
       product<Start::add>(a.D, keys, words<T>(rows), qt + i0 / PACK, mw, w.pairs_ds, BWD_KEYS, COLS<A>, w.dkt, BWD_KEYS);
 
-      int64_t* turn = (int64_t*)(a.work + a.turn) + s.turns + h * blocks + iq;
-      while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != block - begin / BWD_KEYS) a.yield();
+      int64_t* turn = a.local ? nullptr : (int64_t*)(a.work + a.turn) + s.turns + h * blocks + iq;
+      while (turn && __atomic_load_n(turn, __ATOMIC_ACQUIRE) != block - begin / BWD_KEYS) a.yield();
       A* dq = (A*)(a.work + a.dq32) + (slot + first) * z.dp;
       if (starts && rows < last - first) __builtin_memset(dq, 0, (last - first) * z.dp * sizeof(A));
       if (starts && rows == last - first)
@@ -285,7 +275,7 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       if (ends)
         for (int64_t i = first; i < last; i++)
           narrow_row(row_of<T>(a.dq, s.b, h, s.q0 + i), a.dq.d, dq + (i - first) * z.dp, a.D, A(a.scale));
-      __atomic_store_n(turn, block - begin / BWD_KEYS + 1, __ATOMIC_RELEASE);
+      if (turn) __atomic_store_n(turn, block - begin / BWD_KEYS + 1, __ATOMIC_RELEASE);
     }
   }
 
@@ -299,10 +289,7 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
 
 // Tasks that share rows of dbias would add to them in any order: there one task takes all of their heads or batch entries.
 template <class T>
-static void backward_task(const Attention& a, int64_t task, char* scratch) {
-  int64_t heads = a.every_h ? 1 : a.Hkv;
-  const Item& item = a.blocks[task / heads];
+static void backward_task(const Attention& a, const Item& item, char* scratch) {
   for (int64_t b = item.sequence; b < (a.every_b ? a.count : item.sequence + 1); b++)
-    for (int64_t h = task % heads; h < (a.every_h ? a.Hkv : task % heads + 1); h++)
-      backward_keys<T>(a, a.sequences[b], h, item.block, scratch);
+    for (int64_t h = item.head; h < (a.every_h ? a.Hkv : item.head + 1); h++) backward_keys<T>(a, a.sequences[b], h, item.block, scratch);
 }

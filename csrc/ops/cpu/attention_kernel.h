@@ -6,14 +6,16 @@
 #include "product.h"
 #include "attention_scores.h"
 
-constexpr int64_t KEYS = 128;        // keys of a step of the forward, and of a packing task
-constexpr int64_t QUERIES = 48;      // queries of a task of the forward: a tile of scores, 24 kB, stays in L1
-constexpr int64_t BWD_KEYS = 64;     // keys of a task of the backward
-constexpr int64_t BWD_QUERIES = 96;  // queries of a step of the backward
-constexpr int64_t STREAM_ROWS = 8;   // so few queries that packing the keys would take longer than reading them
-constexpr int64_t SPLIT_KEYS = 512;  // the fewest keys that are worth a task of their own
-constexpr int64_t SPLIT_TASKS = 64;  // a call of fewer tasks is split over the keys
-static_assert(KEYS == PACKED_KEYS && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
+constexpr int64_t KEYS = 128;              // keys of a step of the forward, and of a packing task
+constexpr int64_t QUERIES = 48;            // queries of a task of the forward: a tile of scores, 24 kB, stays in L1
+constexpr int64_t BWD_KEYS = 64;           // keys of a task of the backward
+constexpr int64_t BWD_QUERIES = 96;        // queries of a step of the backward
+constexpr int64_t STREAM_ROWS = 8;         // so few queries that packing the keys would take longer than reading them; but for
+constexpr int64_t PACKED_ROWS = 3;         // so many queries of a short sequence whose keys
+constexpr int64_t PACKED_BYTES = 1 << 14;  // are not more, so that they do not come from memory
+constexpr int64_t SPLIT_KEYS = 512;        // the fewest keys that are worth a task of their own
+constexpr int64_t SPLIT_TASKS = 64;        // a call of fewer tasks is split over the keys
+static_assert(KEYS == PACKED_KEYS && KEYS == SHORT && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
 
 template <class T>
 struct Sizes {  // of the operands, in words or accumulators
@@ -27,14 +29,16 @@ struct Sizes {  // of the operands, in words or accumulators
         dv6(round_up(a.Dv, ROWS)) {}
 };
 
-// The operands of a sequence and a head.
+// The operands of a sequence and a head; a workspace has those of all heads, or of one head of keys.
+INLINE int64_t key_slot(const Attention& a, const Sequence& s, int64_t kv_head) { return (a.local ? 0 : kv_head) * a.slots + s.slots; }
+INLINE int64_t query_slot(const Attention& a, const Sequence& s, int64_t h) { return (a.local ? h % a.group : h) * a.q_slots + s.q_slots; }
 template <class T>
 INLINE word_t<T>* panels_of(const Attention& a, int64_t at, const Sequence& s, int64_t kv_head, int64_t dw) {
-  return (word_t<T>*)(a.work + at) + (kv_head * a.slots + s.slots) * dw;
+  return (word_t<T>*)(a.work + at) + key_slot(a, s, kv_head) * dw;
 }
 template <class T>
 INLINE word_t<T>* rows_of(const Attention& a, int64_t at, const Sequence& s, int64_t kv_head, int64_t width) {
-  return (word_t<T>*)(a.work + at) + (kv_head * a.slots + s.slots) / operand<T>::pack * width;
+  return (word_t<T>*)(a.work + at) + key_slot(a, s, kv_head) / operand<T>::pack * width;
 }
 
 // Scratch memory handed out piece by piece, each on a cache line of its own.
@@ -65,8 +69,9 @@ template <class T>
 struct Partial {  // what a split leaves of a block: o, m, l
   acc_t<T>*o, *m, *l;
   static int64_t size(const Sizes<T>& z) { return QUERIES * (z.dvp + 2); }
-  Partial(const Attention& a, const Sizes<T>& z, int64_t task) {
-    o = (acc_t<T>*)(a.work + a.partial) + task * size(z), m = o + QUERIES * z.dvp, l = m + QUERIES;
+  Partial(const Attention& a, const Sizes<T>& z, const Item& item, int64_t split) {
+    int64_t number = ((a.sequences[item.sequence].blocks + item.block) * (a.fold ? a.Hkv : a.H) + item.head) * a.splits + split;
+    o = (acc_t<T>*)(a.work + a.partial) + number * size(z), m = o + QUERIES * z.dvp, l = m + QUERIES;
   }
 };
 
@@ -77,12 +82,18 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
   for (int64_t i = rows; i < round_up(rows, multiple); i++) __builtin_memset(to + i * to_row, 0, to_row * sizeof *to);
 }
 
-// Whether rows of n elements lie in memory as packing would lay them out, but for zeros up to a register.
+// Whether rows of n elements lie in memory as natural rows do, but for zeros up to a register.
 template <class T>
 INLINE bool lie_packed(const View& x, int64_t n) {
   constexpr int PACK = operand<T>::pack;
   bool as_words = PACK == 1 ? same<T, word_t<T>> : (n | x.b | x.h) % PACK == 0 && uintptr_t(x.data) % sizeof(word_t<T>) == 0;
   return as_words && x.d == 1 && x.row == n;
+}
+
+// Whether values lie in memory as rows of a b operand do.
+template <class T>
+INLINE bool values_lie_packed(const Attention& a, const Sequence& s) {
+  return operand<T>::pack == 1 && a.Dv % vector<acc_t<T>>::lanes == 0 && lie_packed<T>(a.v, a.Dv) && !s.keys;
 }
 
 // Packs up to KEYS keys or values: transposed into panels, as rows of a b operand, or both.
@@ -117,35 +128,36 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   }
 }
 
-static bool may_stream(const Attention& a) { return a.longest * (a.H / a.Hkv) <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1; }
-
 template <class T>
 static void forward_plan(Attention& a) {
   using W = word_t<T>;
   Sizes<T> z(a);
-  int64_t heads = a.fold ? a.Hkv : a.H;
-  a.stream = may_stream(a);
-  if (a.block_count * heads < SPLIT_TASKS)
-    a.splits = min((SPLIT_TASKS + a.block_count * heads - 1) / max(1, a.block_count * heads), a.N / SPLIT_KEYS);
-  if (a.splits < 1) a.splits = 1;
+  int64_t heads = a.fold ? a.Hkv : a.H, kv_heads = a.local ? 1 : a.Hkv, rows = a.longest * a.group;
+  bool small = a.most_keys <= SHORT && rows >= PACKED_ROWS && a.most_keys * a.D * int64_t(sizeof(T)) <= PACKED_BYTES;
+  a.stream = rows <= STREAM_ROWS && a.k.d == 1 && a.v.d == 1 && !small;
+  a.splits = 1;
+  if (a.blocks * heads < SPLIT_TASKS) a.splits = (SPLIT_TASKS + a.blocks * heads - 1) / max(1, a.blocks * heads);
+  a.splits = max(1, min(a.splits, a.most_keys / SPLIT_KEYS));
   Pieces p{nullptr};
-  if (!a.stream) a.kt = (int64_t)p.take<W>(a.Hkv * a.slots * z.dw), a.vn = (int64_t)p.take<W>(a.Hkv * a.slots / operand<T>::pack * z.dvp);
-  a.tasks = a.block_count * heads * a.splits;
-  if (a.splits > 1) a.partial = (int64_t)p.take<acc_t<T>>(a.tasks * Partial<T>::size(z)), a.merge_tasks = a.block_count * heads;
+  if (!a.stream) {
+    a.kt = (int64_t)p.take<W>(kv_heads * a.slots * z.dw);
+    a.vn = (int64_t)p.take<W>(kv_heads * a.slots / operand<T>::pack * z.dvp);
+  }
+  if (a.splits > 1) a.partial = (int64_t)p.take<acc_t<T>>(a.blocks * heads * a.splits * Partial<T>::size(z));
   a.work_bytes = (int64_t)p.next;
   int64_t natural = KEYS * max(z.dw, z.dvw) * sizeof(W), task = Forward<T>(z, nullptr).end - (char*)nullptr;
   a.scratch_bytes = max(natural, task);
-  a.pack_tasks = a.stream ? 0 : a.Hkv * a.chunk_count;
 }
 
 template <class T>
-static void forward_pack(const Attention& a, int64_t task, char* scratch) {
+static void forward_pack(const Attention& a, const Item& chunk, char* scratch) {
+  if (a.stream) return;
   Sizes<T> z(a);
-  const Sequence& s = a.sequences[a.chunks[task / a.Hkv].sequence];
-  int64_t h = task % a.Hkv, first = a.chunks[task / a.Hkv].block * KEYS, n = min(seen_before(s, s.N) - first, KEYS);
+  const Sequence& s = a.sequences[chunk.sequence];
+  int64_t h = chunk.head, first = chunk.block * KEYS, n = min(seen_before(s, s.N) - first, KEYS);
   if (n <= 0 || first >= last_key(a, s, s.M - 1) || first + n <= first_key(a, s, 0)) return;
   pack_keys<T>(a.k, s, h, first, n, a.D, panels_of<T>(a, a.kt, s, h, z.dw), nullptr, 0, scratch);
-  pack_keys<T>(a.v, s, h, first, n, a.Dv, nullptr, rows_of<T>(a, a.vn, s, h, z.dvp), z.dvp, scratch);
+  if (!values_lie_packed<T>(a, s)) pack_keys<T>(a.v, s, h, first, n, a.Dv, nullptr, rows_of<T>(a, a.vn, s, h, z.dvp), z.dvp, scratch);
 }
 
 template <class A>
@@ -154,8 +166,9 @@ template <>
 constexpr double lowest<double> = -__DBL_MAX__;
 
 // A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units): n[i] columns of row i,
-// filled up with zeros to whole registers, of which those from lo[i] to hi[i] count. f.factor tells by what each row's earlier sums shrink. Loops over all rows, one after
-// the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours. dropped(i, x): x, columns of row i.
+// filled up with zeros to whole registers, of which those from lo[i] to hi[i] count. f.factor tells by what each row's earlier sums shrink.
+// Loops over all rows, one after the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours.
+// dropped(i, x): x, columns of row i.
 template <class T, bool DROP, class F>
 INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
                          F multipliers) {
@@ -200,14 +213,10 @@ struct Block {
   const Sequence& s;
   int64_t h, kv_head, row0, rows;  // h: the head, or the first
   bool fold;
-  Block(const Attention& a, const Sequence& s, int64_t head, int64_t block) : s(s), h(head), fold(a.fold) {
-    int64_t group = a.H / a.Hkv;
-    kv_head = h / group, row0 = block * QUERIES, rows = fold ? s.M * group : min(s.M - row0, QUERIES);
-  }
-  static Block of_task(const Attention& a, int64_t task) {
-    int64_t heads = a.fold ? a.Hkv : a.H;
-    const Item& item = a.blocks[task / heads];
-    return Block(a, a.sequences[item.sequence], task % heads * (a.H / heads), item.block);
+  Block(const Attention& a, const Item& item) : s(a.sequences[item.sequence]), fold(a.fold) {
+    int64_t group = a.group;
+    h = fold ? item.head * group : item.head, kv_head = h / group;
+    row0 = item.block * QUERIES, rows = fold ? s.M * group : min(s.M - row0, QUERIES);
   }
   int64_t head(int64_t r) const { return fold ? h + r / s.M : h; }
   int64_t query(int64_t r) const { return fold ? r % s.M : row0 + r; }
@@ -314,40 +323,41 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
 }
 
 template <class T>
-static void forward_task(const Attention& a, int64_t task, char* scratch) {
+static void forward_task(const Attention& a, const Item& item, char* scratch) {
   Sizes<T> z(a);
   Forward<T> f(z, scratch);
-  const Block block = Block::of_task(a, task / a.splits);
+  const Block block(a, item);
   const Sequence& s = block.s;
   if (block.rows <= 0) return;
   const word_t<T>*kt = nullptr, *vn = nullptr;
   if (!a.stream) kt = panels_of<T>(a, a.kt, s, block.kv_head, z.dw), vn = rows_of<T>(a, a.vn, s, block.kv_head, z.dvp);
-  forward_block<T>(a, z, f, block, task % a.splits, kt, vn);
+  if (values_lie_packed<T>(a, s)) vn = (const word_t<T>*)row_of<T>(a.v, s.b, block.kv_head, s.k0);
+  forward_block<T>(a, z, f, block, item.split, kt, vn);
   if (a.splits == 1) return write_rows(a, z, block, f);
-  Partial<T> part(a, z, task);
+  Partial<T> part(a, z, item, item.split);
   __builtin_memcpy(part.o, f.o, block.rows * z.dvp * sizeof(acc_t<T>));
   for (int64_t r = 0; r < block.rows; r++) part.m[r] = f.m[r], part.l[r] = lanes_sum(load(f.l + r * vector<acc_t<T>>::lanes));
 }
 
 // The splits of a block, in the order of their keys.
 template <class T>
-static void forward_merge(const Attention& a, int64_t task, char* scratch) {
+static void forward_merge(const Attention& a, const Item& item, char* scratch) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
   Sizes<T> z(a);
   Forward<T> f(z, scratch);
-  const Block block = Block::of_task(a, task);
+  const Block block(a, item);
   for (int64_t r = 0; r < block.rows; r++) {
     A top = -__builtin_inf();
     for (int64_t split = 0; split < a.splits; split++) {
-      A m = Partial<T>(a, z, task * a.splits + split).m[r];
+      A m = Partial<T>(a, z, item, split).m[r];
       top = m > top ? m : top;
     }
     A* o = f.o + r * z.dvp;
     __builtin_memset(o, 0, z.dvp * sizeof(A));
     f.m[r] = top, store(f.l + r * L, vec<A>{});
     for (int64_t split = 0; split < a.splits; split++) {
-      Partial<T> part(a, z, task * a.splits + split);
+      Partial<T> part(a, z, item, split);
       if (part.l[r] == 0) continue;
       A by[L];
       store(by, exp2(splat(part.m[r] - top)));
@@ -359,13 +369,14 @@ static void forward_merge(const Attention& a, int64_t task, char* scratch) {
 }
 
 #include "attention_backward.h"
-#include "attention_whole.h"
+#include "attention_short.h"
 
 template <class T>
 static const AttentionRoads& attention_roads() {
-  static constexpr AttentionRoads roads = {{{QUERIES, 0, nullptr, forward_plan<T>, forward_pack<T>, forward_task<T>, forward_merge<T>},
-                                            {0, 0, whole_forward<T>, whole_forward_plan<T>, nullptr, whole_forward_task<T>, nullptr}},
-                                           {{BWD_QUERIES, BWD_KEYS, nullptr, backward_plan<T>, backward_pack<T>, backward_task<T>, nullptr},
-                                            {0, 0, whole_backward<T>, whole_backward_plan<T>, nullptr, whole_backward_task<T>, nullptr}}};
+  static constexpr AttentionRoads roads = {
+      {QUERIES, 0, forward_plan<T>, forward_pack<T>, nullptr, forward_task<T>, forward_merge<T>},
+      {BWD_QUERIES, BWD_KEYS, backward_plan<T>, backward_pack_keys<T>, backward_pack_queries<T>, backward_task<T>, nullptr},
+      {SHORT, SHORT, short_plan<T>, nullptr, nullptr, short_backward<T>, nullptr},
+      takes_short<T>};
   return roads;
 }

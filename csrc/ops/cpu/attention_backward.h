@@ -232,10 +232,14 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       while (i0 + ROWS < i1 && last_key(a, s, i0 + ROWS - 1) <= j0) i0 += ROWS;
       while (i1 - ROWS > i0 && first_key(a, s, i0 + (i1 - i0 - 1) / ROWS * ROWS) >= j0 + BWD_KEYS) i1 = i0 + (i1 - i0 - 1) / ROWS * ROWS;
       int64_t rows = i1 - i0;
-      pack_rows<T>(w.q, z.dw, [&](int64_t i) { return row_of<T>(a.q, s.b, h, s.q0 + i0 + i); }, a.q.d, a.D, rows, ROWS);
-      pack_rows<T>(w.dout, z.dvw, [&](int64_t i) { return row_of<T>(a.dout, s.b, h, s.q0 + i0 + i); }, a.dout.d, a.Dv, rows, ROWS);
-      exact_product(rows, keys, z.dw, w.q, z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
-      exact_product(rows, keys, z.dvw, w.dout, z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
+      const auto natural = [&](const View& x, int64_t d, W* copy) {
+        const T* from = row_of<T>(x, s.b, h, s.q0 + i0);
+        if (rows % ROWS == 0 && lie_packed<T>(x, d)) return (const W*)from;
+        pack_rows<T>(copy, words<T>(d), [&](int64_t i) { return from + i * x.row; }, x.d, d, rows, ROWS);
+        return (const W*)copy;
+      };
+      exact_product(rows, keys, z.dw, natural(a.q, a.D, w.q), z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
+      exact_product(rows, keys, z.dvw, natural(a.dout, a.Dv, w.dout), z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
 
       Row<A> row[BWD_QUERIES];
       A dbias_sum[BWD_QUERIES];

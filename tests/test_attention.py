@@ -133,11 +133,11 @@ def test_cpu_expanded(library):  # stride 0: one key head for all, one batch of 
 def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
     from minkernels.attention import _cpu
 
-    q, k, v = make(2, 2, 1, 300, 400, 64, 64, dtype)
+    q, k, v = make(6, 4, 2, 300, 400, 64, 64, dtype)  # whole key heads for one thread, blocks for five
     x, threads, results = options(name, q, k), torch.get_num_threads(), []
     do = torch.randn(q.shape).to(dtype)
     few = make(1, 2, 1, 2, 3000, 64, 64, dtype)  # split over its keys
-    short = make(40, 4, 2, 30, 30, 64, 64, dtype)  # whole heads
+    short = make(40, 4, 2, 30, 30, 64, 64, dtype)  # always whole heads
     do_short, short_x = torch.randn(short[0].shape).to(dtype), options(name, *short[:2])
     try:
         for n in (1, 2, 5):

@@ -104,6 +104,9 @@ static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, co
 }
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+static int64_t most_threads(const Attention& a) {
+  return a.flops < 1e6 ? 1 : INT64_MAX;
+}  // below that, waking one takes longer than the work
 static int64_t forward_blocks(const Attention& a, const Sequence& s, const AttentionKernels& kernels) {
   return blocks_of(s.M * (a.fold ? a.group : 1), kernels.queries);
 }
@@ -128,13 +131,14 @@ static void place(Attention& a, Lists& lists, const AttentionKernels& kernels, b
   kernels.plan(a);
 }
 
-// Whether whole key heads are as well shared out among the threads as blocks are. They are faster: their operands stay in a core's cache.
-static bool worth_local(const Attention& a) {
-  if (a.every_b || a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
+// Whether whole key heads of so many sequences are as well shared out among the threads as blocks are. They are faster: their operands stay
+// in a core's cache.
+static bool worth_local(const Attention& a, int64_t count) {
+  if (a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
   double largest = 1, all = 0, threads = double(torch::stable::get_num_threads());
   for (int64_t i = 0; i < a.count; i++) {
     double size = double(a.sequences[i].M) * double(a.sequences[i].N);
-    largest = std::max(largest, size), all += size * double(a.Hkv);
+    largest = std::max(largest, size), all += size * double(a.Hkv * count) / double(a.count);
   }
   double rounds = all / largest / threads;  // of tasks as large as the largest
   return rounds >= 4 && std::ceil(rounds) <= 1.1 * rounds;
@@ -150,10 +154,9 @@ static std::vector<int32_t> in_order(const Attention& a) {
 }
 
 // Each step for one key head after the other, in workspace of the thread's own.
-static void run_heads(const Attention& a, const AttentionKernels& kernels, bool backward, int64_t most_threads) {
-  const std::vector<int32_t> order = in_order(a);
+static void run_heads(const Attention& a, const std::vector<int32_t>& order, const AttentionKernels& kernels, bool backward) {
   const int32_t group = int32_t(a.group);
-  const int64_t pairs = a.count * a.Hkv, many = 1 + int64_t(worth_a_task * double(pairs) / (a.flops + 1));
+  const int64_t pairs = int64_t(order.size()) * a.Hkv, many = 1 + int64_t(worth_a_task * double(pairs) / (a.flops + 1));
   const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64;
   const auto run = [&](int64_t task, char* scratch) {
     Attention one = a;
@@ -173,17 +176,16 @@ static void run_heads(const Attention& a, const AttentionKernels& kernels, bool 
         each(kernels.run, forward_blocks(a, s, kernels), a.fold ? 1 : group);
     }
   };
-  run_tasks(blocks_of(pairs, many), scratch_bytes + a.work_bytes, run, most_threads);
+  run_tasks(blocks_of(pairs, many), scratch_bytes + a.work_bytes, run, most_threads(a));
 }
 
 // Each step for all heads before the next. A step's blocks go by as many heads as there are threads at a time, whose operands then stay in
 // the cache; forward, blocks that take longest come first; backward, the blocks of a head in ascending order, as their turns need.
-static void run_blocks(Attention& a, const AttentionKernels& kernels, bool backward, int64_t most_threads) {
-  const std::vector<int32_t> order = in_order(a);
+static void run_blocks(Attention& a, const std::vector<int32_t>& order, const AttentionKernels& kernels, bool backward) {
   const int64_t at_once = torch::stable::get_num_threads();
   const auto list = [&](int64_t heads, auto blocks) {
     std::vector<Item> items;
-    const int64_t pairs = a.count * heads;
+    const int64_t pairs = int64_t(order.size()) * heads;
     for (int64_t pair0 = 0; pair0 < pairs; pair0 += at_once) {
       const int64_t end = std::min(pair0 + at_once, pairs);
       int64_t most = 0;
@@ -202,16 +204,12 @@ static void run_blocks(Attention& a, const AttentionKernels& kernels, bool backw
   std::memset(a.work + a.turn, 0, a.all_turns * sizeof(int64_t));
   const auto phase = [&](const std::vector<Item>& items, AttentionStep step) {
     const auto run = [&](int64_t task, char* scratch) { step(a, items[task], scratch); };
-    if (!items.empty()) run_tasks(int64_t(items.size()), a.scratch_bytes, run, most_threads);
+    if (!items.empty()) run_tasks(int64_t(items.size()), a.scratch_bytes, run, most_threads(a));
   };
   if (!a.stream) phase(list(a.Hkv, [](const Sequence& s) { return blocks_of(s.rows, PACKED_KEYS); }), kernels.pack_keys);
   if (backward) {
     phase(list(a.H, [&](const Sequence& s) { return blocks_of(s.M, kernels.queries); }), kernels.pack_queries);
-    std::vector<Item> blocks;
-    if (!a.every_b) blocks = list(a.every_h ? 1 : a.Hkv, [&](const Sequence& s) { return blocks_of(s.N, kernels.keys); });
-    for (int32_t n = 0; a.every_b && n < blocks_of(a.most_keys, kernels.keys); n++)
-      for (int32_t h = 0; h < (a.every_h ? 1 : a.Hkv); h++) blocks.push_back({0, h, n});
-    return phase(blocks, kernels.run);
+    return phase(list(a.every_h ? 1 : a.Hkv, [&](const Sequence& s) { return blocks_of(s.N, kernels.keys); }), kernels.run);
   }
   const std::vector<Item> blocks = list(a.fold ? a.Hkv : a.H, [&](const Sequence& s) { return forward_blocks(a, s, kernels); });
   std::vector<Item> splits;
@@ -232,13 +230,19 @@ static bool run(Attention& a, const Options& x, bool backward) {
   const AttentionKernels& kernels = !backward ? roads.forward : whole ? roads.short_backward : roads.backward;
   a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
   place(a, lists, kernels, true);
-  if (!whole && (a.stream || a.most_keys > SHORT || a.longest > SHORT || a.every_b || a.every_h) && !worth_local(a))
-    place(a, lists, kernels, false);
-  const int64_t most_threads = a.flops < 1e6 ? 1 : INT64_MAX;  // below that, waking a thread takes longer than the work
-  if (a.local)
-    run_heads(a, kernels, backward, most_threads);
-  else
-    run_blocks(a, kernels, backward, most_threads);
+  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && !a.stream && !a.every_b && !a.every_h;
+  if (!brief && !worth_local(a, a.every_b ? 1 : a.count)) place(a, lists, kernels, false);
+  const auto run_some = [&](const std::vector<int32_t>& order) {
+    if (a.local)
+      run_heads(a, order, kernels, backward);
+    else
+      run_blocks(a, order, kernels, backward);
+  };
+  const std::vector<int32_t> order = in_order(a);
+  if (!a.every_b)
+    run_some(order);
+  else  // one after the other: the same column of dbias may belong to another block of each
+    for (int32_t i : order) run_some({i});
   return true;
 }
 

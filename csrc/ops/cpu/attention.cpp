@@ -134,7 +134,7 @@ static void place(Attention& a, Lists& lists, const AttentionKernels& kernels, b
 // Whether whole key heads of so many sequences are as well shared out among the threads as blocks are. They are faster: their operands stay
 // in a core's cache.
 static bool worth_local(const Attention& a, int64_t count) {
-  if (a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
+  if (a.every_b || a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
   double largest = 1, all = 0, threads = double(torch::stable::get_num_threads());
   for (int64_t i = 0; i < a.count; i++) {
     double size = double(a.sequences[i].M) * double(a.sequences[i].N);
@@ -209,7 +209,12 @@ static void run_blocks(Attention& a, const std::vector<int32_t>& order, const At
   if (!a.stream) phase(list(a.Hkv, [](const Sequence& s) { return blocks_of(s.rows, PACKED_KEYS); }), kernels.pack_keys);
   if (backward) {
     phase(list(a.H, [&](const Sequence& s) { return blocks_of(s.M, kernels.queries); }), kernels.pack_queries);
-    return phase(list(a.every_h ? 1 : a.Hkv, [&](const Sequence& s) { return blocks_of(s.N, kernels.keys); }), kernels.run);
+    const auto blocks = [&](const Sequence& s) { return blocks_of(s.N, kernels.keys); };
+    if (!a.every_b) return phase(list(a.every_h ? 1 : a.Hkv, blocks), kernels.run);
+    std::vector<Item> items;
+    for (int32_t n = 0; n < blocks_of(a.most_keys, kernels.keys); n++)
+      for (int32_t h = 0; h < (a.every_h ? 1 : a.Hkv); h++) items.push_back({0, h, n});
+    return phase(items, kernels.run);
   }
   const std::vector<Item> blocks = list(a.fold ? a.Hkv : a.H, [&](const Sequence& s) { return forward_blocks(a, s, kernels); });
   std::vector<Item> splits;
@@ -229,9 +234,11 @@ static bool run(Attention& a, const Options& x, bool backward) {
   const bool whole = backward && roads.takes_short(a);
   const AttentionKernels& kernels = !backward ? roads.forward : whole ? roads.short_backward : roads.backward;
   a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
+  const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
+  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && !a.every_b && !a.every_h;
+  if (in_turn) a.every_b = false;
   place(a, lists, kernels, true);
-  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && !a.stream && !a.every_b && !a.every_h;
-  if (!brief && !worth_local(a, a.every_b ? 1 : a.count)) place(a, lists, kernels, false);
+  if ((!brief || a.stream) && !worth_local(a, in_turn ? 1 : a.count)) place(a, lists, kernels, false);
   const auto run_some = [&](const std::vector<int32_t>& order) {
     if (a.local)
       run_heads(a, order, kernels, backward);
@@ -239,9 +246,9 @@ static bool run(Attention& a, const Options& x, bool backward) {
       run_blocks(a, order, kernels, backward);
   };
   const std::vector<int32_t> order = in_order(a);
-  if (!a.every_b)
+  if (!in_turn)
     run_some(order);
-  else  // one after the other: the same column of dbias may belong to another block of each
+  else  // packed keys lie elsewhere in each entry of the batch, so its blocks are other columns of dbias
     for (int32_t i : order) run_some({i});
   return true;
 }

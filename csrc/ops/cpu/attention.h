@@ -51,7 +51,7 @@ struct Attention {
   bool fold = false;                      // forward: the heads that share keys are rows of one task, query after query
   bool stream = false;                    // forward: keys and values are read where they lie
   int64_t splits = 1;                     // forward: tasks that a block is split over, by keys
-  bool every_b = false, every_h = false;  // backward: all batch entries, or heads, share a row of dbias and take turns at it
+  bool every_b = false, every_h = false;  // backward: a task takes its keys of every batch entry, or head, which share a row of dbias
 
   // Workspace, laid out by the level's plan(): offsets in bytes.
   char* work = nullptr;

@@ -291,9 +291,9 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
   give(a.dv, w.dvt, a.Dv, A(1));
 }
 
-// Heads that share rows of dbias would add to them in any order: there one task takes all of them.
+// Tasks that share rows of dbias would add to them in any order: there one task takes all of their heads or batch entries.
 template <class T>
 static void backward_task(const Attention& a, const Item& item, char* scratch) {
-  for (int64_t h = item.head; h < (a.every_h ? a.Hkv : item.head + 1); h++)
-    backward_keys<T>(a, a.sequences[item.sequence], h, item.block, scratch);
+  for (int64_t b = item.sequence; b < (a.every_b ? a.count : item.sequence + 1); b++)
+    for (int64_t h = item.head; h < (a.every_h ? a.Hkv : item.head + 1); h++) backward_keys<T>(a, a.sequences[b], h, item.block, scratch);
 }

@@ -42,6 +42,8 @@ def pytest_configure(config):
     config.stash[MEASURED] = {}
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA device here")
+    if results := config.getoption("benchmark_json"):  # opened at the very end, when a missing folder would cost every result
+        Path(results).parent.mkdir(parents=True, exist_ok=True)
 
 
 def pytest_generate_tests(metafunc):

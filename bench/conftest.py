@@ -42,7 +42,8 @@ def pytest_configure(config):
     config.stash[MEASURED] = {}
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA device here")
-    if results := config.getoption("benchmark_json"):  # opened at the very end, when a missing folder would cost every result
+    results = config.getoption("benchmark_json")
+    if isinstance(results, str | os.PathLike):  # opened at the very end, when a missing folder would cost every result; before 5.3 at once
         Path(results).parent.mkdir(parents=True, exist_ok=True)
 
 

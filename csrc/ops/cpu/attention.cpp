@@ -104,9 +104,8 @@ static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, co
 }
 
 static int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
-static int64_t most_threads(const Attention& a) {
-  return a.flops < 1e6 ? 1 : INT64_MAX;
-}  // below that, waking one takes longer than the work
+// Below that, waking a thread takes longer than the work.
+static int64_t most_threads(const Attention& a) { return a.flops < 1e6 ? 1 : INT64_MAX; }
 static int64_t forward_blocks(const Attention& a, const Sequence& s, const AttentionKernels& kernels) {
   return blocks_of(s.M * (a.fold ? a.group : 1), kernels.queries);
 }
@@ -235,10 +234,10 @@ static bool run(Attention& a, const Options& x, bool backward) {
   const AttentionKernels& kernels = !backward ? roads.forward : whole ? roads.short_backward : roads.backward;
   a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
   const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
-  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && !a.every_b && !a.every_h;
+  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && (a.fold || a.group == 1) && !a.every_b && !a.every_h;
   if (in_turn) a.every_b = false;
   place(a, lists, kernels, true);
-  if ((!brief || a.stream) && !worth_local(a, in_turn ? 1 : a.count)) place(a, lists, kernels, false);
+  if (!whole && (!brief || a.stream) && !worth_local(a, in_turn ? 1 : a.count)) place(a, lists, kernels, false);
   const auto run_some = [&](const std::vector<int32_t>& order) {
     if (a.local)
       run_heads(a, order, kernels, backward);

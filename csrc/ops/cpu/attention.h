@@ -6,7 +6,7 @@ namespace minkernels {
 
 constexpr int64_t PACKED_KEYS = 128;  // packed keys, and queries, of a sequence are rounded up to
 constexpr int64_t PACKED_QUERIES = 6;
-constexpr int64_t SHORT = 128;  // keys, and queries, of a sequence whose heads are always taken whole
+constexpr int64_t SHORT = 128;  // keys, and queries: of a sequence whose heads are taken whole, however few they are
 
 struct View {  // a 4-D tensor; strides in elements, 0 where the tensor is broadcast
   char* data = nullptr;
@@ -18,7 +18,8 @@ struct Sequence {                             // an entry of the batch, or one o
   int64_t M, N;                               // its queries and keys
   int64_t rows;                               // N, and the rows of k after it that belong to nobody
   int64_t off = 0;                            // query i is aligned with key i + off
-  int64_t slots = 0, q_slots = 0, turns = 0;  // packed keys, transposed queries and turns of the sequences before it, for one head
+  int64_t slots = 0, q_slots = 0, turns = 0;  // packed keys, transposed queries and turns of the sequences before it, for one head;
+                                              // 0 where heads are taken whole
   int64_t blocks = 0;                         // of the forward, of the sequences before it
   const int32_t* keys = nullptr;              // (N): positions of the keys that somebody may see, ascending; null: all
   const int32_t* count = nullptr;             // (N + 1): how many of them lie before position j
@@ -44,7 +45,7 @@ struct Attention {
 
   const Sequence* sequences = nullptr;
   int64_t count = 0, longest = 0, most_keys = 0;  // sequences; the most queries, and keys, of one
-  int64_t slots = 0, q_slots = 0, all_turns = 0;  // of all of them
+  int64_t slots = 0, q_slots = 0, all_turns = 0;  // of all of them; where heads are taken whole, of the largest
   int64_t blocks = 0;                             // of the forward
 
   bool local = false;                     // a task takes a key head whole, in a workspace of its own that stays in its cache
@@ -63,8 +64,9 @@ struct Attention {
 
 using AttentionStep = void (*)(const Attention&, const Item&, char* scratch);
 
-// One direction, at one level, for one dtype. First all keys and queries are packed, then every block runs, then those that were split are
-// merged. Heads are those of the keys; of the queries for pack_queries, and forward, unless they are folded, for run and merge.
+// One direction, at one level, for one dtype. First keys and queries are packed, of all heads or of the one that is taken whole, then every
+// block runs, then those that were split are merged. Heads are those of the keys; for pack_queries, and forward for run and merge unless
+// they are folded, those of the queries.
 struct AttentionKernels {
   int64_t queries, keys;  // of a block: of queries forward, of keys backward; backward, queries is of those to pack
   void (*plan)(Attention&);

@@ -1,6 +1,7 @@
 // The backward of attention, in five products a tile. A task owns BWD_KEYS keys of a key head and streams the queries past them, so that
 // dk and dv stay with it. dq is added up over the tasks of a head in the order of their keys: each waits for its turn at a block of
-// queries, so the sum is the same for any number of threads. Tasks start in that order, so whoever is waited for is under way.
+// queries, so the sum is the same for any number of threads. Tasks start in that order, so whoever is waited for is under way. Where one
+// task takes a head whole, it runs these blocks in the same order.
 
 template <class T>
 struct Backward {

@@ -151,7 +151,6 @@ static void forward_plan(Attention& a) {
 
 template <class T>
 static void forward_pack(const Attention& a, const Item& chunk, char* scratch) {
-  if (a.stream) return;
   Sizes<T> z(a);
   const Sequence& s = a.sequences[chunk.sequence];
   int64_t h = chunk.head, first = chunk.block * KEYS, n = min(seen_before(s, s.N) - first, KEYS);
@@ -168,7 +167,7 @@ constexpr double lowest<double> = -__DBL_MAX__;
 // A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units): n[i] columns of row i,
 // filled up with zeros to whole registers, of which those from lo[i] to hi[i] count. f.factor tells by what each row's earlier sums shrink.
 // Loops over all rows, one after the other, so that the latencies of one row's maximum, factor and sum hide behind its neighbours.
-// dropped(i, x): x, columns of row i.
+// multipliers(i): those of dropout for row i.
 template <class T, bool DROP, class F>
 INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
                          F multipliers) {
@@ -308,7 +307,7 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
       softmax_rows<T, false>(f, rows, n, after, lo, hi, [](int64_t) { return nullptr; });
     for (int64_t r = 0; r < rows; r += step) {
       int64_t many = min(step, rows - r), steps = words<T>(n[r]);
-      const W *p = (W*)f.s + r * KEYS, *v = vn + j0 / PACK * z.dvp;
+      const W *p = (W*)f.s + r * KEYS, *v = a.stream ? nullptr : vn + j0 / PACK * z.dvp;
       A* o = f.o + r * z.dvp;
       if (a.stream)
         stream_values<T>(a, s, block.kv_head, j0, n[r], p, rows, o, z.dvp, empty ? nullptr : f.factor);

@@ -40,7 +40,6 @@ aot: build
 	AOT=all $(PYTEST) tests/test_aot.py
 
 bench: build
-	mkdir -p bench/results
 	$(PY) -m pytest bench --benchmark-json=bench/results/local.json; status=$$?; \
 	$(PY) -m bench.report bench/results/local.json --out bench/results/local && exit $$status
 

@@ -43,7 +43,7 @@ def pytest_configure(config):
     if config.getoption("device") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA device here")
     results = config.getoption("benchmark_json")
-    if isinstance(results, str | os.PathLike):  # opened at the very end, when a missing folder would cost every result; old versions: a file
+    if isinstance(results, str | os.PathLike):  # opened at the end, when a missing folder would cost every result
         Path(results).parent.mkdir(parents=True, exist_ok=True)
 
 

@@ -113,10 +113,12 @@ static int64_t forward_blocks(const Attention& a, const Sequence& s, const Atten
 constexpr double worth_a_task = 1e5;     // operations
 constexpr int64_t most_local = 8 << 20;  // bytes: each thread keeps them
 
-// Where the packed operands of each sequence lie: beside each other, or, where a task has a workspace of its own, in the same place.
-static void place(Attention& a, Lists& lists, const AttentionKernels& kernels, bool local) {
+// Where the packed operands of each of these sequences lie: beside each other, or, where a task has a workspace of its own, in the same
+// place.
+static void place(Attention& a, Lists& lists, const std::vector<int32_t>& order, const AttentionKernels& kernels, bool local) {
   a.local = local, a.slots = a.q_slots = a.all_turns = a.blocks = 0;
-  for (Sequence& s : lists.sequences) {
+  for (int32_t i : order) {
+    Sequence& s = lists.sequences[i];
     int64_t slots = blocks_of(s.N, PACKED_KEYS) * PACKED_KEYS, q_slots = blocks_of(s.M, PACKED_QUERIES) * PACKED_QUERIES;
     s.blocks = a.blocks, a.blocks += forward_blocks(a, s, kernels);
     if (local) {
@@ -130,14 +132,13 @@ static void place(Attention& a, Lists& lists, const AttentionKernels& kernels, b
   kernels.plan(a);
 }
 
-// Whether whole key heads of so many sequences are as well shared out among the threads as blocks are. They are faster: their operands stay
-// in a core's cache.
-static bool worth_local(const Attention& a, int64_t count) {
+// Whether whole key heads are as well shared out among the threads as blocks are. They are faster: their operands stay in a core's cache.
+static bool worth_local(const Attention& a, const std::vector<int32_t>& order) {
   if (a.every_b || a.every_h || a.stream || a.splits > 1 || a.work_bytes > most_local) return false;
   double largest = 1, all = 0, threads = double(torch::stable::get_num_threads());
-  for (int64_t i = 0; i < a.count; i++) {
+  for (int32_t i : order) {
     double size = double(a.sequences[i].M) * double(a.sequences[i].N);
-    largest = std::max(largest, size), all += size * double(a.Hkv * count) / double(a.count);
+    largest = std::max(largest, size), all += size * double(a.Hkv);
   }
   double rounds = all / largest / threads;  // of tasks as large as the largest
   return rounds >= 4 && std::ceil(rounds) <= 1.1 * rounds;
@@ -236,9 +237,9 @@ static bool run(Attention& a, const Options& x, bool backward) {
   const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
   const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && (a.fold || a.group == 1) && !a.every_b && !a.every_h;
   if (in_turn) a.every_b = false;
-  place(a, lists, kernels, true);
-  if (!whole && (!brief || a.stream) && !worth_local(a, in_turn ? 1 : a.count)) place(a, lists, kernels, false);
   const auto run_some = [&](const std::vector<int32_t>& order) {
+    place(a, lists, order, kernels, true);
+    if (!whole && (!brief || a.stream) && !worth_local(a, order)) place(a, lists, order, kernels, false);
     if (a.local)
       run_heads(a, order, kernels, backward);
     else

@@ -16,6 +16,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h') kerne
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 INSTALL := $(PY) -m pip install --quiet
 STAMP := build/installed-$(subst /,_,$(PY))
+unexport PYTHONDONTWRITEBYTECODE  # packages arrive uncompiled: every process would compile them again, torch alone for two seconds
 
 .PHONY: help run test aot bench lint build clean
 help:

@@ -110,8 +110,9 @@ static int64_t forward_blocks(const Attention& a, const Sequence& s, const Atten
   return blocks_of(s.M * (a.fold ? a.group : 1), kernels.queries);
 }
 
-constexpr double worth_a_task = 1e5;     // operations
-constexpr int64_t most_local = 8 << 20;  // bytes: each thread keeps them
+constexpr double worth_a_task = 1e5;       // operations
+constexpr int64_t most_local = 8 << 20;    // bytes: each thread keeps them
+constexpr int64_t most_ahead = 768 << 10;  // bytes
 
 // Where the packed operands of each of these sequences lie: beside each other, or, where a task has a workspace of its own, in the same
 // place.
@@ -153,14 +154,34 @@ static std::vector<int32_t> in_order(const Attention& a) {
   return order;
 }
 
+// The rows that a key head is made from; none if they would push the operands of another one out of the cache.
+static Ahead reads(const Attention& a, const Sequence& s, int64_t kv_head, bool backward) {
+  const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
+  Ahead ahead;
+  int64_t bytes = 0;
+  const auto add = [&](const View& x, int64_t h, int64_t row0, int64_t rows, int64_t d) {
+    if (x.d != 1 || rows == 0) return;
+    ahead.parts[ahead.count++] = {x.data + (s.b * x.b + h * x.h + row0 * x.row) * size, x.row * size, d * size, rows};
+    bytes += rows * d * size;
+  };
+  const int64_t h = kv_head * a.group;
+  add(a.k, kv_head, s.k0, s.N, a.D), add(a.v, kv_head, s.k0, s.N, a.Dv), add(a.q, h, s.q0, s.M, a.D);
+  if (backward) add(a.dout, h, s.q0, s.M, a.Dv), add(a.o, h, s.q0, s.M, a.Dv);
+  if (bytes > most_ahead) ahead.count = 0;
+  return ahead;
+}
+
 // Each step for one key head after the other, in workspace of the thread's own.
 static void run_heads(const Attention& a, const std::vector<int32_t>& order, const AttentionKernels& kernels, bool backward) {
   const int32_t group = int32_t(a.group);
   const int64_t pairs = int64_t(order.size()) * a.Hkv, many = 1 + int64_t(worth_a_task * double(pairs) / (a.flops + 1));
-  const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64;
+  const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64, threads = torch::stable::get_num_threads();
   const auto run = [&](int64_t task, char* scratch) {
     Attention one = a;
     one.work = scratch + scratch_bytes;
+    Ahead ahead;
+    if (const int64_t next = task + threads; many == 1 && next < pairs)
+      ahead = reads(a, a.sequences[order[next / a.Hkv]], next % a.Hkv, backward), one.ahead = &ahead;
     for (int64_t pair = task * many; pair < std::min((task + 1) * many, pairs); pair++) {
       const int32_t i = order[pair / a.Hkv], head = int32_t(pair % a.Hkv);
       const Sequence& s = a.sequences[i];

@@ -29,6 +29,16 @@ struct Item {  // of work
   int32_t sequence, head, block, split = 0;
 };
 
+struct Ahead {  // rows that are read soon: fetched into the L2 cache a few lines at a time, beside the arithmetic
+  struct Rows {
+    const char* at;
+    int64_t stride, bytes, count;  // stride: of a row, in bytes
+  };
+  Rows parts[5];
+  int count = 0, part = 0;  // part, row, byte: what is fetched next
+  int64_t row = 0, byte = 0;
+};
+
 struct Attention {
   View q, k, v, o;                               // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
   View dout, dq, dk, dv;                         // backward alone
@@ -59,6 +69,7 @@ struct Attention {
   int64_t kt = 0, vt = 0, kn = 0, vn = 0, qt = 0, dot = 0, dq32 = 0, delta = 0, partial = 0;  // see attention_kernel.h
   int64_t turn = 0;  // backward: whose turn it is to add to dq, of each block of queries; starts as zeros
   int64_t work_bytes = 0, scratch_bytes = 0;
+  Ahead* ahead = nullptr;     // of the key head that this thread will take next, as far as one can tell
   void (*yield)() = nullptr;  // lets another thread run
 };
 

@@ -246,6 +246,7 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       A dbias_sum[BWD_QUERIES];
       bool edge = rows % PACK;
       for (int64_t r = 0; r < round_up(rows, PACK); r++) {  // no such query, or one that sees no key: p = 0
+        fetch(a.ahead, AHEAD_LINES);
         int64_t at = head * a.M + s.q0 + i0 + r;
         double lse = r < rows ? ((lse_t<T>*)a.lse)[at] * LOG2E : -__builtin_inf();
         if (lse == -__builtin_inf())

@@ -13,6 +13,7 @@ constexpr int64_t BWD_QUERIES = 96;        // queries of a step of the backward
 constexpr int64_t STREAM_ROWS = 8;         // so few queries that packing the keys would take longer than reading them; but for
 constexpr int64_t PACKED_ROWS = 3;         // so many queries of a short sequence whose keys
 constexpr int64_t PACKED_BYTES = 1 << 14;  // are not more, so that they do not come from memory
+constexpr int AHEAD_LINES = 6;             // fetched ahead for each row of a tile
 constexpr int64_t SPLIT_KEYS = 512;        // the fewest keys that are worth a task of their own
 constexpr int64_t SPLIT_TASKS = 64;        // a call of fewer tasks is split over the keys
 static_assert(KEYS == PACKED_KEYS && KEYS == SHORT && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
@@ -128,6 +129,16 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   }
 }
 
+INLINE void fetch(Ahead* x, int lines) {
+  for (; x && lines > 0 && x->part < x->count; lines--) {
+    const Ahead::Rows& rows = x->parts[x->part];
+    __builtin_prefetch(rows.at + x->row * rows.stride + x->byte, 0, 2);
+    if ((x->byte += 64) < rows.bytes) continue;
+    x->byte = 0;
+    if (++x->row == rows.count) x->row = 0, x->part++;
+  }
+}
+
 template <class T>
 static void forward_plan(Attention& a) {
   using W = word_t<T>;
@@ -170,7 +181,7 @@ constexpr double lowest<double> = -__DBL_MAX__;
 // multipliers(i): those of dropout for row i.
 template <class T, bool DROP, class F>
 INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, acc_t<T> scale, const int32_t* lo, const int32_t* hi,
-                         F multipliers) {
+                         Ahead* ahead, F multipliers) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
   const A inf = __builtin_inf();
@@ -192,6 +203,7 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
     A* s = f.s + i * KEYS;
     vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
     const A* z = DROP ? multipliers(i) : nullptr;
+    fetch(ahead, AHEAD_LINES);
     for (int64_t j = 0; j < n[i]; j += PACK * L) {
       vec<A> x[PACK];
 #pragma GCC unroll 2
@@ -299,12 +311,12 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
     if (curved || a.mask.data)
       for (int64_t r = 0; r < rows; r++) score_row(a, s, block.head(r), block.query(r), j0, n[r], before, f.s + r * KEYS);
     if (a.dropout_p > 0)
-      softmax_rows<T, true>(f, rows, n, after, lo, hi, [&](int64_t r) {
+      softmax_rows<T, true>(f, rows, n, after, lo, hi, a.ahead, [&](int64_t r) {
         drop_row(a, s, block.head(r), block.query(r), j0, keys, multipliers);
         return multipliers;
       });
     else
-      softmax_rows<T, false>(f, rows, n, after, lo, hi, [](int64_t) { return nullptr; });
+      softmax_rows<T, false>(f, rows, n, after, lo, hi, a.ahead, [](int64_t) { return nullptr; });
     for (int64_t r = 0; r < rows; r += step) {
       int64_t many = min(step, rows - r), steps = words<T>(n[r]);
       const W *p = (W*)f.s + r * KEYS, *v = a.stream ? nullptr : vn + j0 / PACK * z.dvp;

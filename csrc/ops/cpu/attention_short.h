@@ -68,6 +68,7 @@ static void short_queries(const Attention& a, const Short<A>& w, const Sequence&
   Row<A> row[BWD_QUERIES];
   bool edge = false;
   for (int64_t r = 0; r < rows; r++) {
+    fetch(a.ahead, 3 * AHEAD_LINES);
     double lse = ((lse_t<T>*)a.lse)[at + r] * LOG2E;
     const A* o = natural_rows<T>(a.o, s, h, q0 + r, 1, a.Dv, w.dvp, w.o);
     vec<A> delta = {};

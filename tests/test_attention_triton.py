@@ -192,7 +192,7 @@ def test_fuzz(data):
         left=maybe(lambda: draw(st.integers(0, 40))), right=maybe(lambda: draw(st.integers(0, 40))), top_left=draw(st.booleans()),
         sinks=maybe(lambda: torch.randn(H)), softcap=maybe(lambda: 1.5) or 0.0, scale=draw(st.sampled_from([D**-0.5, -0.3])),
     )  # fmt: skip
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.integers(0, 5)) == 0:  # in the interpreter its random numbers take most of the time
         x |= dict(dropout_p=draw(st.sampled_from([0.1, 0.7])), seed=torch.randint(2**62, ()))
     if is_packed:
         cuts = [sorted(draw(st.integers(0, n)) for _ in range(2)) for n in (M, N)]

@@ -1,6 +1,7 @@
 """Fused kernels for PyTorch: attention, cross-entropy and segmentation losses, on GPUs (Triton) and on CPUs (C++)."""
 
 from minkernels._info import info
+from minkernels._memory import empty_cache
 from minkernels.attention.merge import merge_attention
 from minkernels.attention.ops import attention, attention_varlen
 from minkernels.boxes.ops import IoUMatch, box_iou, complete_box_iou, distance_box_iou, generalized_box_iou, iou_loss, iou_match
@@ -30,6 +31,7 @@ __all__ = [
     "complete_box_iou",
     "cross_entropy",
     "distance_box_iou",
+    "empty_cache",
     "generalized_box_iou",
     "info",
     "iou_loss",

@@ -252,19 +252,17 @@ static bool run(Attention& a, const Options& x, bool backward) {
   for (const Sequence& s : lists.sequences) scores += double(s.M) * double(s.N);
   a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
   const AttentionRoads& roads = roads_for(a.dtype);
-  const bool whole = backward && roads.takes_short(a);
-  const AttentionKernels& kernels = !backward ? roads.forward : whole ? roads.short_backward : roads.backward;
+  const bool short_backward = backward && roads.takes_short(a);
+  const AttentionKernels& kernels = !backward ? roads.forward : short_backward ? roads.short_backward : roads.backward;
   a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
   const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
-  const bool brief = a.most_keys <= SHORT && a.longest <= SHORT && (a.fold || a.group == 1) && !a.every_b && !a.every_h;
+  const bool short_heads = a.most_keys <= SHORT && a.longest <= SHORT && (a.fold || a.group == 1) && !a.every_b && !a.every_h;
   if (in_turn) a.every_b = false;
   const auto run_some = [&](const std::vector<int32_t>& order) {
     place(a, lists, order, kernels, true);
-    if (!whole && (!brief || a.stream) && !worth_local(a, order)) place(a, lists, order, kernels, false);
-    if (a.local)
-      run_heads(a, order, kernels, backward);
-    else
-      run_blocks(a, order, kernels, backward);
+    if (short_backward || (short_heads && !a.stream) || worth_local(a, order)) return run_heads(a, order, kernels, backward);
+    place(a, lists, order, kernels, false);
+    run_blocks(a, order, kernels, backward);
   };
   const std::vector<int32_t> order = in_order(a);
   if (!in_turn)

@@ -3,9 +3,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -81,6 +83,63 @@ Memory allocate(size_t bytes) {
   return Memory(p);
 }
 
+// The memory of large tensors that are gone: up to MINKERNELS_KEEP_MB of it, which the oldest leave first. Never destroyed, since tensors
+// may outlive it. A lock that is held, by another thread or since before a fork, is not waited for: memory is then as malloc gives it.
+class Kept {
+ public:
+  struct Block {
+    Memory memory;
+    size_t bytes;
+  };
+  Block take(size_t bytes) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    for (size_t i = blocks_.size(); lock && i-- > 0;)
+      if (blocks_[i].bytes >= bytes && blocks_[i].bytes - bytes <= bytes / 4) {
+        Block found = std::move(blocks_[i]);
+        forget(i);
+        return found;
+      }
+    return {allocate(bytes), bytes};
+  }
+  void give(Block block) {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || block.bytes > most_) return;
+    while (total_ + block.bytes > most_) forget(0);
+    total_ += block.bytes, blocks_.push_back(std::move(block));
+  }
+  void clear() {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (lock) blocks_.clear(), total_ = 0;
+  }
+
+ private:
+  void forget(size_t i) { total_ -= blocks_[i].bytes, blocks_.erase(blocks_.begin() + int64_t(i)); }
+  static size_t most() {
+    const char* text = std::getenv("MINKERNELS_KEEP_MB");
+    return size_t(text && *text ? std::strtoull(text, nullptr, 10) : 512) << 20;
+  }
+
+  std::mutex mutex_;
+  std::vector<Block> blocks_;  // the oldest first
+  size_t total_ = 0;
+  const size_t most_ = most();
+};
+
+static Kept& kept() {
+  static Kept& all = *new Kept;
+  return all;
+}
+void empty_cache() { kept().clear(); }
+
+Tensor empty_like(const Tensor& x) {
+  Tensor like = torch::stable::empty_like(x);  // its pages are not touched
+  const size_t bytes = size_t(like.numel() * like.element_size());
+  if (bytes < worth_it) return like;
+  Kept::Block block = kept().take(bytes);
+  const auto give = [held = block.bytes](void* p) { kept().give({Memory((char*)p), held}); };
+  return torch::stable::from_blob(block.memory.release(), like.sizes(), like.strides(), like.device(), like.scalar_type(), give);
+}
+
 static thread_local Memory spare;
 static thread_local size_t spare_size = 0;
 
@@ -125,9 +184,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def("_cpu_features() -> str");
   m.def("_cpu_level() -> str");
   m.def("_build_info() -> str");
+  m.def("_empty_like(Tensor x) -> Tensor");
+  m.def("_empty_cache() -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CompositeExplicitAutograd, m) {
   m.impl("_cpu_features", TORCH_BOX(&minkernels::cpu_features));
   m.impl("_cpu_level", TORCH_BOX(&minkernels::cpu_level));
   m.impl("_build_info", TORCH_BOX(&minkernels::build_info));
+  m.impl("_empty_cache", TORCH_BOX(&minkernels::empty_cache));
 }
+STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) { m.impl("_empty_like", TORCH_BOX(&minkernels::empty_like)); }

@@ -32,6 +32,11 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
 
+// Like x, uninitialised. From 4 MB on it lies where an earlier such tensor lay, if one of about its size is gone: the system zeroes fresh
+// pages, which takes longer than most kernels take to fill them, and malloc returns large memory at once.
+Tensor empty_like(const Tensor& x);
+void empty_cache();  // gives that memory back to the system
+
 // Memory for one call: what the thread's last call took, if that is enough, since fresh pages cost short calls more than the arithmetic.
 class Workspace {
  public:

@@ -2,6 +2,7 @@
 
 import torch
 
+from minkernels._memory import empty_like
 from minkernels.cross_entropy._options import label_error, new_loss, new_stats, per_row, saved_stats
 
 _fwd = torch.ops.minkernels._cross_entropy_fwd.default
@@ -14,7 +15,7 @@ def fwd(input, target, weight, *options, divisor=None, out=None):
     """divisor: what a mean divides by, where these rows are a part of it. out: where the gradient goes, which may be input."""
     *options, reduction, empty_zero, with_grad = options
     loss, stats = new_loss(input, reduction), saved_stats(input, target)
-    grad = out if out is not None else torch.empty_like(input) if with_grad else input.new_empty(0)
+    grad = out if out is not None else empty_like(input) if with_grad else input.new_empty(0)
     divisor = None if divisor is None else float(divisor)
     bad_row = _fwd(input, target, weight, *options, _CODES[reduction], divisor, empty_zero, loss, stats, grad if with_grad else None)
     if bad_row >= 0:
@@ -33,7 +34,7 @@ def stats(input, target, weight, *options):
 
 
 def grad(input, target, weight, coefficients, *options, out=None):
-    grad = torch.empty_like(input) if out is None else out
+    grad = empty_like(input) if out is None else out
     _grad(input, target, weight, coefficients, *options, grad)
     return grad
 

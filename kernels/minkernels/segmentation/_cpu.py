@@ -2,6 +2,7 @@
 
 import torch
 
+from minkernels._memory import empty_like
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 from minkernels.segmentation._targets import check_targets
 
@@ -13,7 +14,8 @@ _CODES = {"none": 0, "mean": 1, "sum": 2}  # csrc/ops/cpu/segmentation.cpp
 
 
 def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, reduction, with_grad):
-    loss, scale, grad = sigmoid_loss_outputs(input, reduction, with_grad)
+    loss, scale, grad = sigmoid_loss_outputs(input, reduction, False)
+    grad = empty_like(input) if with_grad else grad
     tensors = input, target, weight, pos_weight, mask
     if _sigmoid_loss_fwd(*tensors, alpha, gamma, _CODES[reduction], loss, scale, grad if with_grad else None):
         check_targets(input, target, mask)
@@ -21,7 +23,7 @@ def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, redu
 
 
 def sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma):
-    grad = torch.empty_like(input)
+    grad = empty_like(input)
     _sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma, grad)
     return grad
 
@@ -36,7 +38,7 @@ def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smoot
 
 
 def bce_dice_bwd(input, target, pos_weight, mask, factors, squared):
-    grad = torch.empty_like(input)
+    grad = empty_like(input)
     weights = None if pos_weight is None else pos_weight.double().contiguous()
     _bce_dice_bwd(input, target, weights, mask, factors.contiguous(), squared, grad)
     return grad

@@ -1,0 +1,105 @@
+"""Memory of large gradients that is kept for the next ones: never one tensor's while it is another's, bounded, given back."""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minkernels import bce_dice_loss, bce_with_logits, cross_entropy, empty_cache
+
+MB = 1 << 20
+LOSSES = {"cross_entropy": cross_entropy, "bce_with_logits": bce_with_logits, "bce_dice_loss": bce_dice_loss}
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(library):
+    empty_cache()
+    yield
+    empty_cache()
+
+
+def make(name, shape=(8, 4, 256, 257)):
+    x = torch.randn(shape).requires_grad_()
+    return x, torch.randint(shape[1], (shape[0], *shape[2:])) if name == "cross_entropy" else torch.rand(shape)
+
+
+def grad(name, x, target):
+    return torch.autograd.grad(LOSSES[name](x, target), x)[0]
+
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_gradient_lies_where_one_was_and_nowhere_else(name):
+    x, target = make(name)
+    first = grad(name, x, target)
+    kept, at = first.clone(), first.data_ptr()
+    second = grad(name, x, target)
+    assert second.data_ptr() != at and torch.equal(first, kept) and torch.equal(second, kept)
+    del first
+    third = grad(name, x, target)
+    assert third.data_ptr() == at and torch.equal(second, kept) and torch.equal(third, kept)
+    view = third[3:]
+    del third
+    assert grad(name, x, target).data_ptr() != at and torch.equal(view, kept[3:])
+
+
+def test_strides_and_values_are_those_of_an_ordinary_tensor():
+    x, target = make("bce_with_logits")
+    x = x.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+    expected = torch.autograd.grad(F.binary_cross_entropy_with_logits(x, target), x)[0]
+    for _ in range(2):
+        found = grad("bce_with_logits", x, target)
+        assert found.stride() == torch.empty_like(x).stride() and found.dtype == x.dtype
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-10)
+
+
+def test_another_size_takes_it_if_it_fits():
+    x, target = make("bce_with_logits", (10, 2, 256, 256))
+    at = grad("bce_with_logits", x, target).data_ptr()
+    assert grad("bce_with_logits", *make("bce_with_logits", (9, 2, 256, 256))).data_ptr() == at
+    assert grad("bce_with_logits", x, target).data_ptr() == at, "and it has not become smaller"
+    assert grad("bce_with_logits", *make("bce_with_logits", (11, 2, 256, 256))).data_ptr() != at
+
+
+def test_it_is_kept_and_given_back():
+    x, target = make("bce_with_logits", (16, 16, 256, 257))
+    before = resident()
+    grad("bce_with_logits", x, target)
+    assert resident() - before > 60 * MB
+    empty_cache()
+    assert resident() - before < 10 * MB
+
+
+@pytest.mark.parametrize("most, kept", [("0", 0), ("40", 0), ("100", 64), ("", 192)])
+def test_no_more_than_was_allowed(most, kept):
+    code = """
+from test_memory import MB, grad, make, resident
+x, target = make("bce_with_logits", (16, 16, 256, 256))
+before = resident()
+three = [grad("bce_with_logits", x, target) for _ in range(3)]
+del three
+print((resident() - before) / MB)
+"""
+    env = {**os.environ, "MINKERNELS_KEEP_MB": most}
+    run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True, check=True)
+    assert kept - 5 < float(run.stdout) < kept + 25
+
+
+def test_threads():
+    inputs = [make("bce_with_logits", (8, n, 256, 256)) for n in (2, 2, 3, 3)]
+    expected = [grad("bce_with_logits", *pair) for pair in inputs]
+
+    def work(i):
+        return all(torch.equal(grad("bce_with_logits", *inputs[i % 4]), expected[i % 4]) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(16)))

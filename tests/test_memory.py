@@ -1,5 +1,7 @@
 """Memory of large gradients that is kept for the next ones: never one tensor's while it is another's, bounded, given back."""
 
+import gc
+import math
 import os
 import subprocess
 import sys
@@ -12,12 +14,21 @@ import torch.nn.functional as F
 from minkernels import bce_dice_loss, bce_with_logits, cross_entropy, empty_cache
 
 MB = 1 << 20
-LOSSES = {"cross_entropy": cross_entropy, "bce_with_logits": bce_with_logits, "bce_dice_loss": bce_dice_loss}
+MASK = torch.rand(8, 4, 256, 257) > 0.3
+LOSSES = {
+    "cross_entropy": cross_entropy,
+    "ignored": lambda x, t: cross_entropy(x, t, ignore_index=1),
+    "none": lambda x, t: cross_entropy(x, t, reduction="none").sum(),
+    "bce_with_logits": bce_with_logits,
+    "bce_dice_loss": bce_dice_loss,
+    "masked": lambda x, t: bce_dice_loss(x, t, mask=MASK),
+}
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(library):
+    gc.collect()  # other tests' gradients
     empty_cache()
     yield
     empty_cache()
@@ -25,7 +36,8 @@ def nothing_kept(library):
 
 def make(name, shape=(8, 4, 256, 257)):
     x = torch.randn(shape).requires_grad_()
-    return x, torch.randint(shape[1], (shape[0], *shape[2:])) if name == "cross_entropy" else torch.rand(shape)
+    labels = name in ("cross_entropy", "ignored", "none")
+    return x, torch.randint(shape[1], (shape[0], *shape[2:])) if labels else torch.rand(shape)
 
 
 def grad(name, x, target):
@@ -44,6 +56,7 @@ def test_a_gradient_lies_where_one_was_and_nowhere_else(name):
     kept, at = first.clone(), first.data_ptr()
     second = grad(name, x, target)
     assert second.data_ptr() != at and torch.equal(first, kept) and torch.equal(second, kept)
+    first.fill_(math.nan)  # what is not written shows
     del first
     third = grad(name, x, target)
     assert third.data_ptr() == at and torch.equal(second, kept) and torch.equal(third, kept)
@@ -60,6 +73,7 @@ def test_strides_and_values_are_those_of_an_ordinary_tensor():
         found = grad("bce_with_logits", x, target)
         assert found.stride() == torch.empty_like(x).stride() and found.dtype == x.dtype
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-10)
+        found.fill_(math.nan)
 
 
 def test_another_size_takes_it_if_it_fits():
@@ -77,6 +91,32 @@ def test_it_is_kept_and_given_back():
     assert resident() - before > 60 * MB
     empty_cache()
     assert resident() - before < 10 * MB
+
+
+def test_what_malloc_would_hold_back_is_given_back_too():
+    torch.empty(30 * MB, dtype=torch.uint8).fill_(1)  # then glibc takes no mmap for less
+    x, target = make("bce_with_logits")
+    grad("bce_with_logits", x, target)
+    before = resident()
+    some = [(grad("bce_with_logits", x, target), bytearray(100000)) for _ in range(12)]
+    del some
+    assert resident() - before > 60 * MB
+    empty_cache()
+    assert resident() - before < 20 * MB
+
+
+@pytest.mark.parametrize("most", ["abc", "-1", "0x200"])
+def test_no_number_of_megabytes(most):
+    code = 'from test_memory import grad, make; grad("bce_with_logits", *make("bce_with_logits"))'
+    env = {**os.environ, "MINKERNELS_KEEP_MB": most}
+    run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True)
+    assert run.returncode == 1 and f"MINKERNELS_KEEP_MB must be a number of megabytes, got {most}" in run.stderr
+
+
+def test_nothing_is_loaded_to_be_emptied():
+    code = "import minkernels; minkernels.empty_cache(); from minkernels import _library; print(_library.cpp_missing.cache_info().currsize)"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "0\n"
 
 
 @pytest.mark.parametrize("most, kept", [("0", 0), ("40", 0), ("100", 64), ("", 192)])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minkernels._library import cpp
+from minkernels._library import cpp_missing
 
 LARGE = 4 << 20  # bytes
 
@@ -16,9 +16,9 @@ def empty_like(x: Tensor) -> Tensor:
 def empty_cache() -> None:
     """Gives back to the system what the CPU kernels keep of large gradients of losses that are gone, to lay the next ones there.
 
-    That is up to 512 MB, or as many as the environment variable MINKERNELS_KEEP_MB says when the first one is made; 0 keeps nothing.
+    That is up to 512 MB, or as many as the environment variable MINKERNELS_KEEP_MB says when it is first used; 0 keeps nothing.
     Kept memory has its pages, which the system would zero again: loss and gradient of 1024 x 32000 logits take half the time.
-    On a GPU there is torch.cuda.empty_cache().
+    The storage of such a gradient cannot be resized. On a GPU there is torch.cuda.empty_cache().
     """
-    if cpp():
+    if cpp_missing.cache_info().currsize and not cpp_missing():  # not loaded yet: nothing is kept
         torch.ops.minkernels._empty_cache.default()

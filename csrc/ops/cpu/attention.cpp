@@ -175,7 +175,8 @@ static Ahead reads(const Attention& a, const Sequence& s, int64_t kv_head, bool 
 static void run_heads(const Attention& a, const std::vector<int32_t>& order, const AttentionKernels& kernels, bool backward) {
   const int32_t group = int32_t(a.group);
   const int64_t pairs = int64_t(order.size()) * a.Hkv, many = 1 + int64_t(worth_a_task * double(pairs) / (a.flops + 1));
-  const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64, threads = torch::stable::get_num_threads();
+  const int64_t scratch_bytes = blocks_of(a.scratch_bytes, 64) * 64,
+                threads = std::min<int64_t>(torch::stable::get_num_threads(), most_threads(a));
   const auto run = [&](int64_t task, char* scratch) {
     Attention one = a;
     one.work = scratch + scratch_bytes;

@@ -6,10 +6,12 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
@@ -92,31 +94,51 @@ class Kept {
     size_t bytes;
   };
   Block take(size_t bytes) {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    for (size_t i = blocks_.size(); lock && i-- > 0;)
-      if (blocks_[i].bytes >= bytes && blocks_[i].bytes - bytes <= bytes / 4) {
-        Block found = std::move(blocks_[i]);
-        forget(i);
-        return found;
-      }
+    {
+      const std::unique_lock lock(mutex_, std::try_to_lock);
+      for (size_t i = blocks_.size(); lock && i-- > 0;)
+        if (blocks_[i].bytes >= bytes && blocks_[i].bytes - bytes <= bytes / 4) return leave(i);
+    }
     return {allocate(bytes), bytes};
   }
-  void give(Block block) {
+  void give(Block block) noexcept {  // what is not kept is freed at the end, without the lock
+    std::vector<Block> old;
     const std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock || block.bytes > most_) return;
-    while (total_ + block.bytes > most_) forget(0);
-    total_ += block.bytes, blocks_.push_back(std::move(block));
+    try {
+      while (total_ + block.bytes > most_) old.push_back(leave(0));
+      blocks_.push_back(std::move(block));
+      total_ += blocks_.back().bytes;
+    } catch (const std::bad_alloc&) {
+    }
   }
   void clear() {
-    const std::unique_lock lock(mutex_, std::try_to_lock);
-    if (lock) blocks_.clear(), total_ = 0;
+    std::vector<Block> old;
+    for (int tries = 0; tries < 1000; tries++, std::this_thread::yield())
+      if (const std::unique_lock lock(mutex_, std::try_to_lock); lock) {
+        old.swap(blocks_), total_ = 0;
+        break;
+      }
+    old.clear();
+#if defined(__GLIBC__)
+    malloc_trim(0);  // it holds back what is under its threshold for mmap, of up to 32 MB
+#endif
   }
 
  private:
-  void forget(size_t i) { total_ -= blocks_[i].bytes, blocks_.erase(blocks_.begin() + int64_t(i)); }
+  Block leave(size_t i) {
+    Block block = std::move(blocks_[i]);
+    total_ -= block.bytes, blocks_.erase(blocks_.begin() + int64_t(i));
+    return block;
+  }
   static size_t most() {
     const char* text = std::getenv("MINKERNELS_KEEP_MB");
-    return size_t(text && *text ? std::strtoull(text, nullptr, 10) : 512) << 20;
+    if (!text || !*text) return size_t(512) << 20;
+    char* end = nullptr;
+    const unsigned long long mb = std::strtoull(text, &end, 10);
+    if (*end || *text < '0' || *text > '9')
+      throw std::runtime_error(std::string("MINKERNELS_KEEP_MB must be a number of megabytes, got ") + text);
+    return size_t(std::min<unsigned long long>(mb, SIZE_MAX >> 20)) << 20;
   }
 
   std::mutex mutex_;
@@ -132,12 +154,20 @@ static Kept& kept() {
 void empty_cache() { kept().clear(); }
 
 Tensor empty_like(const Tensor& x) {
-  Tensor like = torch::stable::empty_like(x);  // its pages are not touched
+  Tensor like = torch::stable::empty_like(x);  // for its strides: nothing touches its pages
   const size_t bytes = size_t(like.numel() * like.element_size());
   if (bytes < worth_it) return like;
-  Kept::Block block = kept().take(bytes);
+  Kept::Block block;
+  try {
+    block = kept().take(bytes);
+  } catch (const std::bad_alloc&) {  // there is no room for both
+    empty_cache();
+    return like;
+  }
   const auto give = [held = block.bytes](void* p) { kept().give({Memory((char*)p), held}); };
-  return torch::stable::from_blob(block.memory.release(), like.sizes(), like.strides(), like.device(), like.scalar_type(), give);
+  Tensor result = torch::stable::from_blob(block.memory.get(), like.sizes(), like.strides(), like.device(), like.scalar_type(), give);
+  block.memory.release();
+  return result;
 }
 
 static thread_local Memory spare;

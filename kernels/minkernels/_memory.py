@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minkernels._library import cpp_missing
 
-LARGE = 4 << 20  # bytes
+LARGE = 16 << 20  # bytes: less than that malloc keeps itself
 
 
 def empty_like(x: Tensor) -> Tensor:

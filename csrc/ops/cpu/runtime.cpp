@@ -156,7 +156,6 @@ void empty_cache() { kept().clear(); }
 Tensor empty_like(const Tensor& x) {
   Tensor like = torch::stable::empty_like(x);  // for its strides: nothing touches its pages
   const size_t bytes = size_t(like.numel() * like.element_size());
-  if (bytes < worth_it) return like;
   Kept::Block block;
   try {
     block = kept().take(bytes);

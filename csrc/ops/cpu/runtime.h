@@ -32,8 +32,8 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
 
-// Like x, uninitialised. From 4 MB on it lies where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the
-// system zeroes fresh pages, which takes longer than most kernels take to fill them, and malloc returns memory of over 32 MB at once.
+// Like x, uninitialised, where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the system zeroes fresh
+// pages, which takes longer than most kernels take to fill them. For large ones: others malloc keeps itself (_memory.py).
 Tensor empty_like(const Tensor& x);
 void empty_cache();  // gives that memory back to the system
 

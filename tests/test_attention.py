@@ -153,6 +153,26 @@ def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpu_left_over_memory(name, dtype, levels):
+    """What an earlier call left in the workspace reaches no result."""
+    from minkernels.attention import _cpu
+
+    q, k, v = make(1, 2, 1, 200, 210, 40, 24, dtype)
+    x, do = options(name, q, k), torch.randn(1, 2, 200, 24).to(dtype)
+
+    def results(q, k, v, x):
+        o, lse = _cpu.fwd(q, k, v, *x)
+        return o, lse, *_cpu.bwd(do, None, q, k, v, o, lse, *x, x.bias is not None)
+
+    for level in levels:
+        clean = results(q, k, v, x)
+        results(*(torch.full_like(t, math.nan) for t in (q, k, v)), Options())
+        for what, a, b in zip(("o", "lse", "dq", "dk", "dv", "dbias", "dsinks"), clean, results(q, k, v, x), strict=True):
+            assert torch.equal(a, b) and not a.isnan().any(), f"{level} {what}"
+
+
 def test_workspace(library):
     """At most what inputs and outputs take in fp32; nothing that grows with M N."""
     from minkernels.attention import _cpu

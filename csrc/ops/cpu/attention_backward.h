@@ -167,7 +167,7 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
     vec<A> kept = drop ? load(z + j) : splat(A(1));
     vec<A> ds = where<A>(seen, p * (dp * kept - splat(row.delta)));
     store(dbias + j, ds), sum += ds;
-    store(x + j, where<A>(seen, p * kept)), store(y + j, ds * slope);
+    store(x + j, where<A>(seen, p * kept)), store(y + j, where<A>(seen, ds * slope));
   }
   dbias_sum = lanes_sum(sum);
   if (a.dbias.data && a.dbias.d) for_row<A>(a.dbias, s, h, i, j0, keys, [&](int64_t j, A* to) { *to += dbias[j]; });
@@ -239,8 +239,21 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
         pack_rows<T>(copy, words<T>(d), [&](int64_t i) { return from + i * x.row; }, x.d, d, rows, ROWS);
         return (const W*)copy;
       };
-      exact_product(rows, keys, z.dw, natural(a.q, a.D, w.q), z.dw, kt, COLS<A>, COLS<A> * z.dw, w.s, BWD_KEYS);
-      exact_product(rows, keys, z.dvw, natural(a.dout, a.Dv, w.dout), z.dvw, vt, COLS<A>, COLS<A> * z.dvw, w.ds, BWD_KEYS);
+      // On the diagonal six rows go as far as some of them see; the first `low` rows see none of the second half of the keys. What is
+      // left out stays whatever it was, and counts as not seen.
+      const auto reach = [&](int64_t r) { return min(last_key(a, s, i0 + min(r, rows - 1)) - j0, keys); };
+      const bool diagonal = reach(0) < keys;
+      const int64_t step = diagonal ? ROWS : rows;
+      int64_t low = 0;
+      while (diagonal && low + PACK <= rows && reach(low + PACK - 1) <= BWD_KEYS / 2) low += PACK;
+      const int64_t part = low ? BWD_KEYS / 2 : keys;
+      const auto scores = [&](const W* x, int64_t dw, const W* panels, A* to) {
+        for (int64_t r = 0; r < rows; r += step)
+          exact_product(min(step, rows - r), reach(r + step - 1), dw, x + r * dw, dw, panels, COLS<A>, COLS<A> * dw, to + r * BWD_KEYS,
+                        BWD_KEYS);
+      };
+      scores(natural(a.q, a.D, w.q), z.dw, kt, w.s);
+      scores(natural(a.dout, a.Dv, w.dout), z.dvw, vt, w.ds);
 
       Row<A> row[BWD_QUERIES];
       A dbias_sum[BWD_QUERIES];
@@ -265,17 +278,26 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       } else {
         gradient_rows<T, Mode::whole>(w, rows, n, A(a.scale * LOG2E), row);
       }
-      product<Start::add>(a.Dv, keys, words<T>(rows), dot + i0 / PACK, mw, w.pairs_p, BWD_KEYS, COLS<A>, w.dvt, BWD_KEYS);
-      product<Start::add>(a.D, keys, words<T>(rows), qt + i0 / PACK, mw, w.pairs_ds, BWD_KEYS, COLS<A>, w.dkt, BWD_KEYS);
+      const auto add = [&](int64_t d, const W* x, const W* pairs, A* to) {
+        for (int64_t j = 0, r = 0; j < keys; j += part, r = low)
+          product<Start::add>(d, min(keys - j, part), words<T>(rows - r), x + (i0 + r) / PACK, mw, pairs + r / PACK * BWD_KEYS + j,
+                              BWD_KEYS, COLS<A>, to + j, BWD_KEYS);
+      };
+      add(a.Dv, dot, w.pairs_p, w.dvt);
+      add(a.D, qt, w.pairs_ds, w.dkt);
 
       int64_t* turn = a.local ? nullptr : (int64_t*)(a.work + a.turn) + s.turns + h * blocks + iq;
       while (turn && __atomic_load_n(turn, __ATOMIC_ACQUIRE) != block - begin / BWD_KEYS) a.yield();
       A* dq = (A*)(a.work + a.dq32) + (slot + first) * z.dp;
       if (starts && rows < last - first) __builtin_memset(dq, 0, (last - first) * z.dp * sizeof(A));
-      if (starts && rows == last - first)
-        product<Start::zero>(rows, a.D, words<T>(keys), (W*)w.ds, BWD_KEYS, kn, z.dp, COLS<A>, dq, z.dp);
-      else
-        product<Start::add>(rows, a.D, words<T>(keys), (W*)w.ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + (i0 - first) * z.dp, z.dp);
+      for (int64_t r = 0; r < rows; r += step) {
+        const int64_t many = min(step, rows - r), steps = words<T>(reach(r + step - 1));
+        const W* ds = (W*)w.ds + r * BWD_KEYS;
+        if (starts && rows == last - first)
+          product<Start::zero>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + r * z.dp, z.dp);
+        else
+          product<Start::add>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + (i0 - first + r) * z.dp, z.dp);
+      }
       if (a.dbias.data && !a.dbias.d)
         for (int64_t r = 0; r < rows; r++) *row_of<A>(a.dbias, s.b, h, i0 + r) += dbias_sum[r];
       if (ends)

@@ -6,16 +6,18 @@
 #include "product.h"
 #include "attention_scores.h"
 
-constexpr int64_t KEYS = 128;              // keys of a step of the forward, and of a packing task
-constexpr int64_t QUERIES = 48;            // queries of a task of the forward: a tile of scores, 24 kB, stays in L1
-constexpr int64_t BWD_KEYS = 64;           // keys of a task of the backward
-constexpr int64_t BWD_QUERIES = 96;        // queries of a step of the backward
-constexpr int64_t STREAM_ROWS = 8;         // so few queries that packing the keys would take longer than reading them; but for
-constexpr int64_t PACKED_ROWS = 3;         // so many queries of a short sequence whose keys
-constexpr int64_t PACKED_BYTES = 1 << 14;  // are not more, so that they do not come from memory
-constexpr int AHEAD_LINES = 6;             // fetched ahead for each row of a tile
-constexpr int64_t SPLIT_KEYS = 512;        // the fewest keys that are worth a task of their own
-constexpr int64_t SPLIT_TASKS = 64;        // a call of fewer tasks is split over the keys
+constexpr int64_t KEYS = 128;    // keys of a packing task
+constexpr int64_t QUERIES = 48;  // queries of a task of the forward
+template <class T>
+constexpr int64_t STEP = 128 * operand<T>::pack;  // keys of a step of the forward: a tile of probabilities, 24 kB as words, stays in L1
+constexpr int64_t BWD_KEYS = 64;                  // keys of a task of the backward
+constexpr int64_t BWD_QUERIES = 96;               // queries of a step of the backward
+constexpr int64_t STREAM_ROWS = 8;                // so few queries that packing the keys would take longer than reading them; but for
+constexpr int64_t PACKED_ROWS = 3;                // so many queries of a short sequence whose keys
+constexpr int64_t PACKED_BYTES = 1 << 14;         // are not more, so that they do not come from memory
+constexpr int AHEAD_LINES = 6;                    // fetched ahead for each row of a tile
+constexpr int64_t SPLIT_KEYS = 512;               // the fewest keys that are worth a task of their own
+constexpr int64_t SPLIT_TASKS = 64;               // a call of fewer tasks is split over the keys
 static_assert(KEYS == PACKED_KEYS && KEYS == SHORT && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
 
 template <class T>
@@ -59,7 +61,7 @@ struct Forward {
   char* end;
   Forward(const Sizes<T>& z, char* scratch) {
     Pieces p{scratch};
-    q = p.take<word_t<T>>(QUERIES * z.dw), s = p.take<acc_t<T>>(QUERIES * KEYS), o = p.take<acc_t<T>>(QUERIES * z.dvp);
+    q = p.take<word_t<T>>(QUERIES * z.dw), s = p.take<acc_t<T>>(QUERIES * STEP<T>), o = p.take<acc_t<T>>(QUERIES * z.dvp);
     l = p.take<acc_t<T>>(QUERIES * vector<acc_t<T>>::lanes), m = p.take<acc_t<T>>(QUERIES), top = p.take<acc_t<T>>(QUERIES);
     shift = p.take<acc_t<T>>(QUERIES), factor = p.take<acc_t<T>>(QUERIES);
     end = p.next;
@@ -185,12 +187,21 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
   const A inf = __builtin_inf();
+  const vec<lane_t<A>> lanes = lane_numbers<A>();
   for (int64_t i = 0; i < rows; i++) {
-    A* s = f.s + i * KEYS;
-    for (int64_t j = hi[i]; j < round_up(n[i], PACK * L); j++) s[j] = -inf;
-    for (int64_t j = 0; j < lo[i]; j++) s[j] = -inf;
+    A* s = f.s + i * STEP<T>;
+    int64_t end = round_up(n[i], PACK * L), j = 0;
     vec<A> top = splat(-inf);
-    for (int64_t j = 0; j < n[i]; j += L) top = max(load(s + j), top);
+    const auto cut = [&](int64_t last) {  // in registers: a load of what narrower stores have just written would wait for them
+      for (; j < last; j += L) {
+        const vec<lane_t<A>> column = lanes + lane_t<A>(j);
+        const vec<A> x = column >= lane_t<A>(lo[i]) & column < lane_t<A>(hi[i]) ? load(s + j) : splat(-inf);
+        store(s + j, x), top = max(x, top);
+      }
+    };
+    cut(round_up(lo[i], L));
+    for (; j + L <= hi[i]; j += L) top = max(load(s + j), top);
+    cut(end);
     f.top[i] = lanes_max(top) * scale;
   }
   for (int64_t i = 0; i < rows; i += L) {
@@ -200,7 +211,7 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
   }
   vec<A> by = splat(scale);
   for (int64_t i = 0; i < rows; i++) {
-    A* s = f.s + i * KEYS;
+    A* s = f.s + i * STEP<T>;
     vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
     const A* z = DROP ? multipliers(i) : nullptr;
     fetch(ahead, AHEAD_LINES);
@@ -227,7 +238,9 @@ struct Block {
   Block(const Attention& a, const Item& item) : s(a.sequences[item.sequence]), fold(a.fold) {
     int64_t group = a.group;
     h = fold ? item.head * group : item.head, kv_head = h / group;
-    row0 = item.block * QUERIES, rows = fold ? s.M * group : min(s.M - row0, QUERIES);
+    // The last block is whole: the rows that fill up a tile are among the first, whose keys are the fewest.
+    int64_t rest = s.M - (s.M + QUERIES - 1) / QUERIES * QUERIES;
+    row0 = max(0, rest + item.block * QUERIES), rows = fold ? s.M * group : rest + (item.block + 1) * QUERIES - row0;
   }
   int64_t head(int64_t r) const { return fold ? h + r / s.M : h; }
   int64_t query(int64_t r) const { return fold ? r % s.M : row0 + r; }
@@ -236,13 +249,16 @@ struct Block {
 template <class T>
 static void write_rows(const Attention& a, const Sizes<T>& z, const Block& block, const Forward<T>& f) {
   using A = acc_t<T>;
+  double l[QUERIES] = {}, log_l[QUERIES];
+  for (int64_t r = 0; r < block.rows; r++) l[r] = double(lanes_sum(load(f.l + r * vector<A>::lanes)));
+  for (int64_t r = 0; r < block.rows; r += vector<double>::lanes) store(log_l + r, log2(load(l + r)));
   for (int64_t r = 0; r < block.rows; r++) {
-    A l = lanes_sum(load(f.l + r * vector<A>::lanes));  // 0: a query that sees no key gives zeros, and lse = -inf
     int64_t h = block.head(r), i = block.s.q0 + block.query(r);
-    narrow_row(row_of<T>(a.o, block.s.b, h, i), a.o.d, f.o + r * z.dvp, a.Dv, l > 0 ? 1 / l : l == l ? A(0) : l);
-    ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] = lse_t<T>(l > 0    ? (f.m[r] + __builtin_log2(double(l))) * LN2
-                                                                   : l == l ? -__builtin_inf()
-                                                                            : l);
+    const bool some = l[r] > 0;  // else a query that sees no key: zeros, and lse = -inf; or NaN
+    narrow_row(row_of<T>(a.o, block.s.b, h, i), a.o.d, f.o + r * z.dvp, a.Dv, some ? A(1) / A(l[r]) : l[r] == l[r] ? A(0) : A(l[r]));
+    ((lse_t<T>*)a.lse)[(block.s.b * a.H + h) * a.M + i] = lse_t<T>(some           ? (f.m[r] + log_l[r]) * LN2
+                                                                   : l[r] == l[r] ? -__builtin_inf()
+                                                                                  : l[r]);
   }
 }
 
@@ -272,13 +288,14 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
   A before = scale, after = curved ? A(1) : scale;
   int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES], n[QUERIES];
-  int64_t begin = s.N, end = 0;
+  int64_t begin = s.N, end = 0, last_from = 0, first_to = s.N;
   for (int64_t r = 0; r < rows; r += L) store(f.m + r, splat(A(-__builtin_inf()))), store(f.top + r, splat(A(-__builtin_inf())));
   for (int64_t r = 0; r < rows; r++) {
     store(f.l + r * L, vec<A>{});
     int64_t i = block.query(r);
     from[r] = int32_t(first_key(a, s, i)), to[r] = int32_t(last_key(a, s, i));
     if (from[r] < to[r]) begin = min(begin, from[r]), end = max(end, to[r]);
+    last_from = max(last_from, from[r]), first_to = min(first_to, to[r]);
     if (a.sinks && split == 0) f.m[r] = A(((const A*)a.sinks)[block.head(r)] * LOG2E), f.l[r * L] = f.m[r] == -__builtin_inf() ? 0 : 1;
   }
   if (a.splits > 1) {
@@ -288,18 +305,22 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   begin = begin / COLS<A> * COLS<A>;
 
   bool empty = true;
-  A multipliers[KEYS + 64];
-  for (int64_t j0 = begin; j0 < end; j0 += KEYS) {
-    int64_t keys = min(end - j0, KEYS), step = rows;
+  A multipliers[STEP<T> + 64];
+  for (int64_t j0 = begin; j0 < end; j0 += STEP<T>) {
+    int64_t keys = min(end - j0, STEP<T>), step = rows;
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
-    for (int64_t r = 0; r < rows; r++) {
-      lo[r] = int32_t(max(0, min(from[r] - j0, keys))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
-      if (hi[r] < keys && !a.stream) step = ROWS;  // on the diagonal: as many keys as some of these rows see
-    }
-    for (int64_t r0 = 0; r0 < rows; r0 += step) {
-      int32_t reach = 0;
-      for (int64_t r = r0; r < min(r0 + step, rows); r++) reach = max(reach, hi[r]);
-      for (int64_t r = r0; r < min(r0 + step, rows); r++) n[r] = reach;
+    const bool all = last_from <= j0 && j0 + keys <= first_to;
+    for (int64_t r = 0; r < rows; r++) lo[r] = 0, hi[r] = n[r] = int32_t(keys);
+    if (!all) {
+      for (int64_t r = 0; r < rows; r++) {
+        lo[r] = int32_t(max(0, min(from[r] - j0, keys))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
+        if (hi[r] < keys && !a.stream) step = ROWS;  // on the diagonal: as many keys as some of these rows see
+      }
+      for (int64_t r0 = 0; r0 < rows; r0 += step) {
+        int32_t reach = 0;
+        for (int64_t r = r0; r < min(r0 + step, rows); r++) reach = max(reach, hi[r]);
+        for (int64_t r = r0; r < min(r0 + step, rows); r++) n[r] = reach;
+      }
     }
     if (a.stream)
       stream_scores<T>(a, s, block.kv_head, j0, keys, q, z.dw, rows, f.s);
@@ -307,9 +328,9 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
       for (int64_t j = 0; j < keys; j += COLS<A>)
         for (int64_t r = 0; r < rows; r += step)
           exact_product(min(step, rows - r), min(n[r] - j, COLS<A>), z.dw, q + r * z.dw, z.dw, kt + (j0 + j) * z.dw, COLS<A>, 0,
-                        f.s + r * KEYS + j, KEYS);
+                        f.s + r * STEP<T> + j, STEP<T>);
     if (curved || a.mask.data)
-      for (int64_t r = 0; r < rows; r++) score_row(a, s, block.head(r), block.query(r), j0, n[r], before, f.s + r * KEYS);
+      for (int64_t r = 0; r < rows; r++) score_row(a, s, block.head(r), block.query(r), j0, n[r], before, f.s + r * STEP<T>);
     if (a.dropout_p > 0)
       softmax_rows<T, true>(f, rows, n, after, lo, hi, a.ahead, [&](int64_t r) {
         drop_row(a, s, block.head(r), block.query(r), j0, keys, multipliers);
@@ -319,14 +340,14 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
       softmax_rows<T, false>(f, rows, n, after, lo, hi, a.ahead, [](int64_t) { return nullptr; });
     for (int64_t r = 0; r < rows; r += step) {
       int64_t many = min(step, rows - r), steps = words<T>(n[r]);
-      const W *p = (W*)f.s + r * KEYS, *v = a.stream ? nullptr : vn + j0 / PACK * z.dvp;
+      const W *p = (W*)f.s + r * STEP<T>, *v = a.stream ? nullptr : vn + j0 / PACK * z.dvp;
       A* o = f.o + r * z.dvp;
       if (a.stream)
         stream_values<T>(a, s, block.kv_head, j0, n[r], p, rows, o, z.dvp, empty ? nullptr : f.factor);
       else if (empty)
-        product<Start::zero>(many, a.Dv, steps, p, KEYS, v, z.dvp, COLS<A>, o, z.dvp);
+        product<Start::zero>(many, a.Dv, steps, p, STEP<T>, v, z.dvp, COLS<A>, o, z.dvp);
       else
-        product<Start::scale>(many, a.Dv, steps, p, KEYS, v, z.dvp, COLS<A>, o, z.dvp, f.factor + r);
+        product<Start::scale>(many, a.Dv, steps, p, STEP<T>, v, z.dvp, COLS<A>, o, z.dvp, f.factor + r);
     }
     empty = false;
   }

@@ -62,7 +62,7 @@ static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t 
     by = 1;
   }
   if (a.bias.data) {
-    A bias[PACKED_KEYS] = {};
+    A bias[2 * PACKED_KEYS] = {};  // of the longest step
     bias_row(a, s, h, i, j0, keys, bias);
     for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
   }

@@ -33,7 +33,7 @@ INLINE void stream_keys(const T* const* k, int64_t n, int64_t D, const word_t<T>
   }
 }
 
-// s (rows x keys, KEYS a row) = q k: q, natural rows of q_row words.
+// s (rows x keys, STEP a row) = q k: q, natural rows of q_row words.
 template <class T>
 static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* q,
                           int64_t q_row, int64_t rows, acc_t<T>* scores) {
@@ -59,7 +59,7 @@ static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head
       for (int half = L / 2; half; half /= 2)
 #pragma GCC unroll 8
         for (int l = 0; l < half; l++) sums[l] += sums[l + half];
-      store(scores + r * KEYS + j, sums[0]);
+      store(scores + r * STEP<T> + j, sums[0]);
     }
   }
 }
@@ -91,7 +91,7 @@ INLINE void stream_columns(const T* const* values, int64_t steps, int64_t d, int
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], splat(p[r * KEYS + step]), column[v]);
+      for (int v = 0; v < V; v++) acc[r][v] = madd(acc[r][v], splat(p[r * STEP<T> + step]), column[v]);
   }
 }
 
@@ -114,18 +114,18 @@ static void stream_tile(const T* const* values, int64_t steps, int64_t d, int64_
     }
 }
 
-// o (rows x Dv) = [factor *] o + p v: p, words with KEYS to a row.
+// o (rows x Dv) = [factor *] o + p v: p, words with STEP to a row.
 template <class T>
 static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p,
                           int64_t rows, acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
-  const T* values[KEYS + 1];
+  const T* values[STEP<T> + 1];
   for (int64_t j = 0; j < keys; j++) values[j] = row_of<T>(a.v, s.b, kv_head, s.k0 + position(s, j0 + j));
   T zeros[256 + 2 * COLS<acc_t<T>>] = {};
   values[keys] = zeros;  // the partner of an odd one
   for (int64_t r = 0; r < rows;) {
     const auto run = [&](auto tile, int64_t n, int64_t columns) {
       for (int64_t d = 0; d < a.Dv; d += columns)
-        tile(values, words<T>(keys), d, a.Dv, p + r * KEYS, o + r * o_row, o_row, factor ? factor + r : nullptr);
+        tile(values, words<T>(keys), d, a.Dv, p + r * STEP<T>, o + r * o_row, o_row, factor ? factor + r : nullptr);
       r += n;
     };
     if (rows - r >= 4)

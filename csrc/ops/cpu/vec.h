@@ -167,12 +167,20 @@ INLINE f32 log(f32 x) {
   p = p * r - 2.4999993993e-1f;
   p = p * r + 3.3333331174e-1f;
   p = p * r * y - n * 2.12194440e-4f - y * 0.5f + r + n * 0.693359375f;
-  return p + (x - x);  // inf and NaN stay
+  return p + (x - x);  // NaN for inf and NaN
 }
 INLINE f64 log(f64 x) {
   f64 y;
   for (int i = 0; i < vector<double>::lanes; i++) y[i] = __builtin_log(x[i]);
   return y;
+}
+// The same to base 2, relative error under 3e-16: 2 atanh(t) log2(e) of t = (r - 1) / (r + 1), t**2 < 0.03, by its series.
+INLINE f64 log2(f64 x) {
+  i64 bits = (i64)x - 0x3fe6a09e667f3bcd;  // of sqrt(1/2)
+  f64 n = __builtin_convertvector(bits >> 52, f64), r = (f64)((bits & 0xfffffffffffff) + 0x3fe6a09e667f3bcd);
+  f64 t = (r - 1.0) / (r + 1.0), y = t * t, p = splat(2 * LOG2E / 21);
+  for (int i = 19; i > 0; i -= 2) p = p * y + 2 * LOG2E / i;
+  return p * t + n + (x - x);
 }
 
 // Conversions of one element, without branches, so that loops over them become vector code. To 16 bits: nearest, ties to even.

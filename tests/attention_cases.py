@@ -8,10 +8,10 @@ from judge import assert_close
 from minkernels.attention import _options, reference
 from minkernels.attention._options import Options
 
-SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles of 6 rows, blocks of 48 or 96 queries, 64 or 128 keys
+SHAPES = {  # B, H, Hkv, M queries, N keys, D, Dv; the C++ kernels work on tiles of 6 rows, blocks of 48 or 96 queries, 64, 128 or 256 keys
     "one-token": (1, 1, 1, 1, 1, 16, 16),
-    "ragged-tail": (2, 3, 3, 70, 70, 64, 64),  # two blocks of queries, the second not a whole number of tiles
-    "decoding": (1, 2, 2, 1, 515, 128, 128),  # one row has a tile of its own; five blocks of keys, the last of 3
+    "ragged-tail": (2, 3, 3, 70, 70, 64, 64),  # two blocks of queries, the first not a whole number of tiles
+    "decoding": (1, 2, 2, 1, 515, 128, 128),  # one row has a tile of its own; several steps of keys, the last of 3
     "grouped": (2, 4, 2, 5, 33, 24, 24),  # two heads share keys; D is no multiple of a register
     "more-keys": (1, 2, 1, 130, 200, 96, 80),  # Dv differs from D
     "more-queries": (1, 2, 2, 200, 130, 128, 128),  # causal: the first 70 queries see nothing

@@ -148,7 +148,7 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
                               const Row<acc_t<T>>& row, acc_t<T>* x, acc_t<T>* y, acc_t<T>& dbias_sum) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
-  A bias[KEYS] = {}, z[KEYS + 64], dbias[KEYS];
+  A bias[KEYS], z[KEYS], dbias[KEYS];
   lane_t<A> shown[KEYS];
   bool cap = a.softcap > 0, drop = a.dropout_p > 0;
   A in = A(cap ? a.scale / a.softcap : a.scale), out = A(cap ? a.softcap * LOG2E : LOG2E);
@@ -242,10 +242,9 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
       // On the diagonal six rows go as far as some of them see; the first `low` rows see none of the second half of the keys. What is
       // left out stays whatever it was, and counts as not seen.
       const auto reach = [&](int64_t r) { return min(last_key(a, s, i0 + min(r, rows - 1)) - j0, keys); };
-      const bool diagonal = reach(0) < keys;
-      const int64_t step = diagonal ? ROWS : rows;
+      const int64_t step = reach(0) < keys ? ROWS : rows;
       int64_t low = 0;
-      while (diagonal && low + PACK <= rows && reach(low + PACK - 1) <= BWD_KEYS / 2) low += PACK;
+      while (low + PACK <= rows && reach(low + PACK - 1) <= BWD_KEYS / 2) low += PACK;
       const int64_t part = low ? BWD_KEYS / 2 : keys;
       const auto scores = [&](const W* x, int64_t dw, const W* panels, A* to) {
         for (int64_t r = 0; r < rows; r += step)
@@ -288,15 +287,16 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
 
       int64_t* turn = a.local ? nullptr : (int64_t*)(a.work + a.turn) + s.turns + h * blocks + iq;
       while (turn && __atomic_load_n(turn, __ATOMIC_ACQUIRE) != block - begin / BWD_KEYS) a.yield();
-      A* dq = (A*)(a.work + a.dq32) + (slot + first) * z.dp;
-      if (starts && rows < last - first) __builtin_memset(dq, 0, (last - first) * z.dp * sizeof(A));
+      A *dq = (A*)(a.work + a.dq32) + (slot + first) * z.dp, *to = dq + (i0 - first) * z.dp;
+      const bool fresh = starts && rows == last - first;
+      if (starts && !fresh) __builtin_memset(dq, 0, (last - first) * z.dp * sizeof(A));
       for (int64_t r = 0; r < rows; r += step) {
         const int64_t many = min(step, rows - r), steps = words<T>(reach(r + step - 1));
         const W* ds = (W*)w.ds + r * BWD_KEYS;
-        if (starts && rows == last - first)
-          product<Start::zero>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + r * z.dp, z.dp);
+        if (fresh)
+          product<Start::zero>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, to + r * z.dp, z.dp);
         else
-          product<Start::add>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, dq + (i0 - first + r) * z.dp, z.dp);
+          product<Start::add>(many, a.D, steps, ds, BWD_KEYS, kn, z.dp, COLS<A>, to + r * z.dp, z.dp);
       }
       if (a.dbias.data && !a.dbias.d)
         for (int64_t r = 0; r < rows; r++) *row_of<A>(a.dbias, s.b, h, i0 + r) += dbias_sum[r];

@@ -9,16 +9,18 @@
 constexpr int64_t KEYS = 128;    // keys of a packing task
 constexpr int64_t QUERIES = 48;  // queries of a task of the forward
 template <class T>
-constexpr int64_t STEP = 128 * operand<T>::pack;  // keys of a step of the forward: a tile of probabilities, 24 kB as words, stays in L1
-constexpr int64_t BWD_KEYS = 64;                  // keys of a task of the backward
-constexpr int64_t BWD_QUERIES = 96;               // queries of a step of the backward
-constexpr int64_t STREAM_ROWS = 8;                // so few queries that packing the keys would take longer than reading them; but for
-constexpr int64_t PACKED_ROWS = 3;                // so many queries of a short sequence whose keys
-constexpr int64_t PACKED_BYTES = 1 << 14;         // are not more, so that they do not come from memory
-constexpr int AHEAD_LINES = 6;                    // fetched ahead for each row of a tile
-constexpr int64_t SPLIT_KEYS = 512;               // the fewest keys that are worth a task of their own
-constexpr int64_t SPLIT_TASKS = 64;               // a call of fewer tasks is split over the keys
+constexpr int64_t STEP =
+    128 * operand<T>::pack;                // keys of a step of the forward: a tile of probabilities, 24 kB as words of 4 bytes, stays in L1
+constexpr int64_t BWD_KEYS = 64;           // keys of a task of the backward
+constexpr int64_t BWD_QUERIES = 96;        // queries of a step of the backward
+constexpr int64_t STREAM_ROWS = 8;         // so few queries that packing the keys would take longer than reading them; but for
+constexpr int64_t PACKED_ROWS = 3;         // so many queries of a short sequence whose keys
+constexpr int64_t PACKED_BYTES = 1 << 14;  // are not more, so that they do not come from memory
+constexpr int AHEAD_LINES = 6;             // fetched ahead for each row of a tile
+constexpr int64_t SPLIT_KEYS = 512;        // the fewest keys that are worth a task of their own
+constexpr int64_t SPLIT_TASKS = 64;        // a call of fewer tasks is split over the keys
 static_assert(KEYS == PACKED_KEYS && KEYS == SHORT && ROWS == PACKED_QUERIES, "attention.h lays out the packed keys and queries");
+static_assert(STEP<bfloat16> <= 2 * PACKED_KEYS, "attention_scores.h has room for the bias of a step");
 
 template <class T>
 struct Sizes {  // of the operands, in words or accumulators
@@ -305,13 +307,13 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
   begin = begin / COLS<A> * COLS<A>;
 
   bool empty = true;
-  A multipliers[STEP<T> + 64];
+  A multipliers[STEP<T>];
   for (int64_t j0 = begin; j0 < end; j0 += STEP<T>) {
     int64_t keys = min(end - j0, STEP<T>), step = rows;
     if (a.mask.data && !some_seen(a, s, block, j0, keys)) continue;
-    const bool all = last_from <= j0 && j0 + keys <= first_to;
-    for (int64_t r = 0; r < rows; r++) lo[r] = 0, hi[r] = n[r] = int32_t(keys);
-    if (!all) {
+    if (last_from <= j0 && j0 + keys <= first_to) {
+      for (int64_t r = 0; r < rows; r++) lo[r] = 0, hi[r] = n[r] = int32_t(keys);
+    } else {
       for (int64_t r = 0; r < rows; r++) {
         lo[r] = int32_t(max(0, min(from[r] - j0, keys))), hi[r] = int32_t(max(0, min(to[r] - j0, keys)));
         if (hi[r] < keys && !a.stream) step = ROWS;  // on the diagonal: as many keys as some of these rows see
@@ -360,7 +362,6 @@ static void forward_task(const Attention& a, const Item& item, char* scratch) {
   Forward<T> f(z, scratch);
   const Block block(a, item);
   const Sequence& s = block.s;
-  if (block.rows <= 0) return;
   const word_t<T>*kt = nullptr, *vn = nullptr;
   if (!a.stream) kt = panels_of<T>(a, a.kt, s, block.kv_head, z.dw), vn = rows_of<T>(a, a.vn, s, block.kv_head, z.dvp);
   if (values_lie_packed<T>(a, s)) vn = (const word_t<T>*)row_of<T>(a.v, s.b, block.kv_head, s.k0);

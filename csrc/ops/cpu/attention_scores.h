@@ -62,7 +62,7 @@ static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t 
     by = 1;
   }
   if (a.bias.data) {
-    A bias[2 * PACKED_KEYS] = {};  // of the longest step
+    A bias[2 * PACKED_KEYS];  // of the longest step; what lies beyond its keys is not seen
     bias_row(a, s, h, i, j0, keys, bias);
     for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
   }
@@ -121,17 +121,17 @@ INLINE void drop_block(const Attention& a, int64_t number, int64_t i, int64_t po
 // What dropout multiplies the probabilities of a row by; to has room for 4 lanes more than keys.
 template <class A>
 static void drop_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
-  constexpr int64_t STEP = 4 * vector<uint32_t>::lanes;
+  constexpr int64_t AT_ONCE = 4 * vector<uint32_t>::lanes;
   int64_t number = (&s - a.sequences) * a.H + h;
   if (!s.keys) {
-    for (int64_t j = 0; j < keys; j += STEP) drop_block(a, number, i, j0 + j, to + j);
+    for (int64_t j = 0; j < keys; j += AT_ONCE) drop_block(a, number, i, j0 + j, to + j);
     return;
   }
-  A block[STEP];
+  A block[AT_ONCE];
   for (int64_t j = 0, start = -1; j < keys; j++) {
     int64_t at = position(s, j0 + j);
-    if (at / STEP != start) start = at / STEP, drop_block(a, number, i, start * STEP, block);
-    to[j] = block[at % STEP];
+    if (at / AT_ONCE != start) start = at / AT_ONCE, drop_block(a, number, i, start * AT_ONCE, block);
+    to[j] = block[at % AT_ONCE];
   }
-  for (int64_t j = keys; j < round_up(keys, STEP); j++) to[j] = 0;
+  for (int64_t j = keys; j < round_up(keys, AT_ONCE); j++) to[j] = 0;
 }

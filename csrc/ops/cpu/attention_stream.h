@@ -11,26 +11,16 @@ INLINE vec<word_t<T>> load_words(const T* row, int64_t w, int64_t n) {
   return widen_words(rest);
 }
 
-// Rows that the CPU does not guess to be next.
-template <class T>
-INLINE void prefetch(const T* row, int64_t n) {
-  for (const char* p = (const char*)row; p < (const char*)(row + n); p += 64) __builtin_prefetch(p);
-}
-
-// Up to a register's lanes of scores of one query: sums[l] = q k[l]. q: words; whole: D fills registers and there are lanes keys.
+// Up to a register's lanes of scores of one query: sums[l] = q k[l]. q: words; whole: D fills registers and there are lanes keys. Keys are
+// read one after the other: what lies next the CPU fetches by itself, sooner than prefetching and other orders did.
 template <class T, bool whole>
 INLINE void stream_keys(const T* const* k, int64_t n, int64_t D, const word_t<T>* q, vec<acc_t<T>>* sums) {
   using W = word_t<T>;
   constexpr int L = vector<W>::lanes, KEYS_AT_ONCE = vector<acc_t<T>>::lanes;
-  for (int64_t w = 0; w < words<T>(D); w += L) {
-    vec<W> x = load(q + w);
 #pragma GCC unroll 16
-    for (int l = 0; l < KEYS_AT_ONCE; l++)
-      if constexpr (whole)
-        sums[l] = madd(sums[l], x, widen_words(k[l] + w * operand<T>::pack));
-      else if (l < n)
-        sums[l] = madd(sums[l], x, load_words(k[l], w, D));
-  }
+  for (int l = 0; l < KEYS_AT_ONCE; l++)
+    for (int64_t w = 0; w < (whole || l < n ? words<T>(D) : 0); w += L)
+      sums[l] = madd(sums[l], load(q + w), whole ? widen_words(k[l] + w * operand<T>::pack) : load_words(k[l], w, D));
 }
 
 // s (rows x keys, STEP a row) = q k: q, natural rows of q_row words.
@@ -47,7 +37,6 @@ static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head
     const T* k[L];
     int64_t n = min(keys - j, L);
     for (int64_t l = 0; l < n; l++) k[l] = row_of<T>(a.k, s.b, kv_head, s.k0 + position(s, j0 + j + l));
-    for (int64_t l = j + L; l < min(j + 2 * L, keys); l++) prefetch(row_of<T>(a.k, s.b, kv_head, s.k0 + position(s, j0 + l)), a.D);
     for (int64_t r = 0; r < rows; r++) {
       vec<A> sums[L] = {};
       if (whole && n == L)

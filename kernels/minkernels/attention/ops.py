@@ -163,7 +163,7 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
     if mask is not None:
         mask = _four(mask, "mask", (torch.bool,), (B, H, M, N), q)
         if mask.shape[1:3] == (1, 1):  # nothing but keys: those hidden are skipped, not computed and masked
-            hides = mask[:, 0, 0].expand(B, N)
+            hides = mask.squeeze((1, 2)).expand(B, N)
             key_mask, mask = hides if key_mask is None else key_mask & hides, None
     if bias is not None:
         bias = _four(bias, "bias", FLOATS, (B, H, M, N), q)
@@ -209,9 +209,10 @@ def _check_tensor(name, t, shape, shown, dtypes, q):
 def _four(t, name, dtypes, full, q):
     """mask or bias in four dimensions, not expanded: a size of 1 stands for all."""
     _check_tensor(name, t, getattr(t, "shape", None), "", dtypes, q)
-    shape = (1,) * (4 - t.dim()) + tuple(t.shape)
-    if len(shape) != 4 or any(n not in (1, size) for n, size in zip(shape, full, strict=True)):
-        raise ValueError(f"{name} must broadcast to (B, H, M, N) = {tuple(full)}, got {tuple(t.shape)}")
+    shape = t.shape if t.dim() >= 4 else (1,) * (4 - t.dim()) + tuple(t.shape)
+    for i, n in enumerate(shape):  # any() of a generator takes three times as long
+        if i == 4 or (n != 1 and n != full[i]):
+            raise ValueError(f"{name} must broadcast to (B, H, M, N) = {tuple(full)}, got {tuple(t.shape)}")
     return t.reshape(shape) if t.dim() < 4 else t
 
 

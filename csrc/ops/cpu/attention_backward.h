@@ -3,6 +3,9 @@
 // queries, so the sum is the same for any number of threads. Tasks start in that order, so whoever is waited for is under way. Where one
 // task takes a head whole, it runs these blocks in the same order.
 
+constexpr int64_t BWD_KEYS = 64;     // keys of a task
+constexpr int64_t BWD_QUERIES = 96;  // queries of a step
+
 template <class T>
 struct Backward {
   word_t<T>*q, *dout, *pairs_p, *pairs_ds;

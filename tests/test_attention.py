@@ -153,14 +153,18 @@ def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+LEFT = {"blocks": (1, 2, 1, 200, 210, 40, 24), "split": (1, 2, 2, 3, 1100, 40, 24), "short": (1, 2, 1, 60, 60, 40, 24)}
+
+
+@pytest.mark.parametrize("shape", LEFT.values(), ids=LEFT)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu_left_over_memory(name, dtype, levels):
+def test_cpu_left_over_memory(shape, name, dtype, levels):
     """What an earlier call left in the workspace reaches no result."""
     from minkernels.attention import _cpu
 
-    q, k, v = make(1, 2, 1, 200, 210, 40, 24, dtype)
-    x, do = options(name, q, k), torch.randn(1, 2, 200, 24).to(dtype)
+    q, k, v = make(*shape, dtype)
+    x, do = options(name, q, k), torch.randn(*q.shape[:3], v.shape[3]).to(dtype)
 
     def results(q, k, v, x):
         o, lse = _cpu.fwd(q, k, v, *x)

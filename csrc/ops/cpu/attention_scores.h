@@ -118,7 +118,7 @@ INLINE void drop_block(const Attention& a, int64_t number, int64_t i, int64_t po
     for (int w = 0; w < 4; w++) to[4 * l + w] = words[w][l] >= threshold ? kept : A(0);
 }
 
-// What dropout multiplies the probabilities of a row by; to has room for 4 lanes more than keys.
+// What dropout multiplies the probabilities of a row by; to has room for keys rounded up to 4 registers.
 template <class A>
 static void drop_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
   constexpr int64_t AT_ONCE = 4 * vector<uint32_t>::lanes;

@@ -11,16 +11,31 @@ INLINE vec<word_t<T>> load_words(const T* row, int64_t w, int64_t n) {
   return widen_words(rest);
 }
 
-// Up to a register's lanes of scores of one query: sums[l] = q k[l]. q: words; whole: D fills registers and there are lanes keys. Keys are
-// read one after the other: what lies next the CPU fetches by itself, sooner than prefetching and other orders did.
+// Rows of keys or values, from one of the sequence on. Addresses are computed as they are needed: a table of them, just written, delays the
+// loads of elements that lie as far behind the start of a page.
+template <class T>
+struct StreamedRows {
+  const T* first;
+  int64_t stride;
+  const int32_t* keys;  // of those packed, else null
+  StreamedRows(const View& x, const Sequence& s, int64_t kv_head, int64_t j0)
+      : first(row_of<T>(x, s.b, kv_head, s.k0 + (s.keys ? 0 : j0))), stride(x.row), keys(s.keys ? s.keys + j0 : nullptr) {}
+  const T* operator()(int64_t j) const { return first + (keys ? keys[j] : j) * stride; }
+};
+
+// Up to a register's lanes of scores of one query: sums[l] = q k(j + l). q: words; whole: D fills registers and there are lanes keys. Keys
+// are read one after the other: what lies next the CPU fetches by itself, sooner than prefetching and other orders did.
 template <class T, bool whole>
-INLINE void stream_keys(const T* const* k, int64_t n, int64_t D, const word_t<T>* q, vec<acc_t<T>>* sums) {
+INLINE void stream_keys(const StreamedRows<T>& k, int64_t j, int64_t n, int64_t D, const word_t<T>* q, vec<acc_t<T>>* sums) {
   using W = word_t<T>;
   constexpr int L = vector<W>::lanes, KEYS_AT_ONCE = vector<acc_t<T>>::lanes;
 #pragma GCC unroll 16
-  for (int l = 0; l < KEYS_AT_ONCE; l++)
-    for (int64_t w = 0; w < (whole || l < n ? words<T>(D) : 0); w += L)
-      sums[l] = madd(sums[l], load(q + w), whole ? widen_words(k[l] + w * operand<T>::pack) : load_words(k[l], w, D));
+  for (int l = 0; l < KEYS_AT_ONCE; l++) {
+    if (!whole && l >= n) break;
+    const T* row = k(j + l);
+    for (int64_t w = 0; w < words<T>(D); w += L)
+      sums[l] = madd(sums[l], load(q + w), whole ? widen_words(row + w * operand<T>::pack) : load_words(row, w, D));
+  }
 }
 
 // s (rows x keys, STEP a row) = q k: q, natural rows of q_row words.
@@ -33,16 +48,15 @@ static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head
   W wide_q[STREAM_ROWS][256 + vector<W>::lanes] = {};  // zeros beyond D
   for (int64_t r = 0; r < rows; r++) __builtin_memcpy(wide_q[r], q + r * q_row, q_row * sizeof(W));
   bool whole = a.D % (vector<W>::lanes * operand<T>::pack) == 0;
+  StreamedRows<T> k(a.k, s, kv_head, j0);
   for (int64_t j = 0; j < keys; j += L) {
-    const T* k[L];
     int64_t n = min(keys - j, L);
-    for (int64_t l = 0; l < n; l++) k[l] = row_of<T>(a.k, s.b, kv_head, s.k0 + position(s, j0 + j + l));
     for (int64_t r = 0; r < rows; r++) {
       vec<A> sums[L] = {};
       if (whole && n == L)
-        stream_keys<T, true>(k, n, a.D, wide_q[r], sums);
+        stream_keys<T, true>(k, j, n, a.D, wide_q[r], sums);
       else
-        stream_keys<T, false>(k, n, a.D, wide_q[r], sums);
+        stream_keys<T, false>(k, j, n, a.D, wide_q[r], sums);
       transpose_registers<L / 2>(sums);
 #pragma GCC unroll 4
       for (int half = L / 2; half; half /= 2)
@@ -55,7 +69,7 @@ static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head
 
 // V registers of words of the values of one step of the reduction, which is pack keys. whole: all of their columns are there.
 template <class T, int V, bool whole>
-INLINE void load_values(const T* const* rows, int64_t d, int64_t Dv, vec<word_t<T>>* to) {
+INLINE void load_values(const T* const (&rows)[operand<T>::pack], int64_t d, int64_t Dv, vec<word_t<T>>* to) {
   constexpr int L = vector<acc_t<T>>::lanes;
 #if LEVEL_BF16_DOT
   if constexpr (operand<T>::pack == 2) {
@@ -63,6 +77,7 @@ INLINE void load_values(const T* const* rows, int64_t d, int64_t Dv, vec<word_t<
     for (int v = 0; v < V; v += 2) {
       u32 x = whole ? widen_words(rows[0] + d + v * L) : load_words(rows[0], (d + v * L) / 2, Dv);
       u32 y = whole ? widen_words(rows[1] + d + v * L) : load_words(rows[1], (d + v * L) / 2, Dv);
+      asm("" : "+v"(x), "+v"(y));  // else GCC reads both lines for each half
       interleave(x, y, to[v], to[v + 1]);
     }
     return;
@@ -73,10 +88,14 @@ INLINE void load_values(const T* const* rows, int64_t d, int64_t Dv, vec<word_t<
 }
 
 template <class T, int R, int V, bool whole>
-INLINE void stream_columns(const T* const* values, int64_t steps, int64_t d, int64_t Dv, const word_t<T>* p, vec<acc_t<T>> (*acc)[V]) {
-  for (int64_t step = 0; step < steps; step++) {
+INLINE void stream_columns(const StreamedRows<T>& values, int64_t keys, int64_t d, int64_t Dv, const word_t<T>* p,
+                           vec<acc_t<T>> (*acc)[V]) {
+  static const T zeros[256 + 2 * COLS<acc_t<T>>] = {};  // the partner of an odd one
+  for (int64_t step = 0; step < words<T>(keys); step++) {
     vec<word_t<T>> column[V];
-    load_values<T, V, whole>(values + step * operand<T>::pack, d, Dv, column);
+    const T* rows[operand<T>::pack] = {values(step * operand<T>::pack)};
+    if constexpr (operand<T>::pack == 2) rows[1] = step * 2 + 1 < keys ? values(step * 2 + 1) : zeros;
+    load_values<T, V, whole>(rows, d, Dv, column);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -85,15 +104,15 @@ INLINE void stream_columns(const T* const* values, int64_t steps, int64_t d, int
 }
 
 template <class T, int R, int V>
-static void stream_tile(const T* const* values, int64_t steps, int64_t d, int64_t Dv, const word_t<T>* p, acc_t<T>* o, int64_t o_row,
-                        const acc_t<T>* factor) {
+__attribute__((noinline)) static void stream_tile(const StreamedRows<T>& values, int64_t keys, int64_t d, int64_t Dv, const word_t<T>* p,
+                                                  acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
   vec<A> acc[R][V] = {};
   if (d + V * L <= Dv)
-    stream_columns<T, R, V, true>(values, steps, d, Dv, p, acc);
+    stream_columns<T, R, V, true>(values, keys, d, Dv, p, acc);
   else
-    stream_columns<T, R, V, false>(values, steps, d, Dv, p, acc);
+    stream_columns<T, R, V, false>(values, keys, d, Dv, p, acc);
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -107,14 +126,11 @@ static void stream_tile(const T* const* values, int64_t steps, int64_t d, int64_
 template <class T>
 static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p,
                           int64_t rows, acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
-  const T* values[STEP<T> + 1];
-  for (int64_t j = 0; j < keys; j++) values[j] = row_of<T>(a.v, s.b, kv_head, s.k0 + position(s, j0 + j));
-  T zeros[256 + 2 * COLS<acc_t<T>>] = {};
-  values[keys] = zeros;  // the partner of an odd one
+  StreamedRows<T> values(a.v, s, kv_head, j0);
   for (int64_t r = 0; r < rows;) {
     const auto run = [&](auto tile, int64_t n, int64_t columns) {
       for (int64_t d = 0; d < a.Dv; d += columns)
-        tile(values, words<T>(keys), d, a.Dv, p + r * STEP<T>, o + r * o_row, o_row, factor ? factor + r : nullptr);
+        tile(values, keys, d, a.Dv, p + r * STEP<T>, o + r * o_row, o_row, factor ? factor + r : nullptr);
       r += n;
     };
     if (rows - r >= 4)

@@ -22,6 +22,7 @@ OPTIONS = {  # what goes beside "labels": every option alone, and all together
     "probs": dict(probs=True),
     "probs-all": dict(probs=True, weight=True, label_smoothing=0.1, z_loss=1e-2, softcap=8.0, logit_scale=1.3),
 }
+CANNOT_HOLD = [(torch.uint8, -100), (torch.uint8, 412), (torch.int32, 156 + 2**32)]  # an ignore_index; a comparison would wrap it to 156
 LAYOUTS = ["rows", "columns", "slice", "expanded"]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cross_entropy_cases import LAYOUTS, OPTIONS, REDUCTIONS, check, check_stats, formula, grad_of, make
-from minkernels import cross_entropy, token_logprobs
+from cross_entropy_cases import CANNOT_HOLD, LAYOUTS, OPTIONS, REDUCTIONS, check, check_stats, formula, grad_of, make
+from minkernels import cross_entropy, linear_cross_entropy, token_logprobs
 from minkernels.cross_entropy import reference
 
 SHAPES = {  # (N, V) or (N, V, D); the C++ kernels work on blocks of 2048 columns, four registers at a time, and on groups of short rows
@@ -144,7 +145,8 @@ def test_cpu_a_gradient_in_memory_that_is_there_already(dtype, levels):
     x, target = make((33 << 20) // (V * dtype.itemsize), V, dtype=dtype)
     for level in levels:
         fresh, there = torch.empty_like(x), torch.full_like(x, math.nan)
-        results = [_cpu.fwd(x, target, None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, True, out=out) for out in (fresh, there)]
+        options = None, -100, 0.0, 0.0, 0.0, 1.0, "mean", False, True
+        results = [_cpu.part(x, target, *options, divisor=len(x), out=out) for out in (fresh, there)]
         assert torch.equal(fresh, there) and torch.equal(results[0][0], results[1][0]), level
         k = torch.tensor([[2.0, 0.5, 0.1, 1.0, 0.0]]).expand(len(x), -1).contiguous()  # formed again: m, P, Q, H, S
         fresh, there = (_cpu.grad(x, target, None, k, -100, 0.0, 0.0, 0.0, 1.0, out=out) for out in (torch.empty_like(x), there))
@@ -200,6 +202,23 @@ def test_ignore_index(index, shape, library):
         torch.testing.assert_close(torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, x)[0])
 
 
+@pytest.mark.parametrize("kind, index", CANNOT_HOLD, ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_ignore_index_that_the_labels_cannot_hold(backend, kind, index, library, monkeypatch):
+    if backend == "reference":
+        for name, road in (("_fwd", reference.fwd), ("softmax_stats", reference.stats), ("softmax_grad", reference.grad)):
+            monkeypatch.setattr(sys.modules[cross_entropy.__module__], name, road)
+    x, h, w, target = torch.randn(6, 300), torch.randn(6, 8), torch.randn(300, 8), torch.tensor([156, 3, 255, 156, 0, 9])
+    for reduction in REDUCTIONS:  # "none" recomputes its gradient
+        results = []
+        for labels, ignore_index in ((target, -100), (target.to(kind), index)):
+            leaf = x.clone().requires_grad_()
+            loss = cross_entropy(leaf, labels, ignore_index=ignore_index, label_smoothing=0.1, reduction=reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), leaf), *token_logprobs(x, labels, ignore_index=ignore_index)))
+            results[-1] += (linear_cross_entropy(h, w, labels, ignore_index=ignore_index, reduction=reduction),)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 9, 3), (2, 9, 3, 5), (2, 9, 2, 3, 4), (2, 9, 0), (0, 9, 2)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("probs", [False, True], ids=["labels", "probs"])
@@ -216,10 +235,9 @@ def test_shapes(shape, reduction, probs, library):
 
 def test_layouts_are_not_copied(library, monkeypatch):
     """An image's logits, as they come from a convolution in either memory format, reach the kernel where they lie."""
-    from minkernels.cross_entropy import _cpu
-
-    seen, kernel = [], _cpu._fwd
-    monkeypatch.setattr(_cpu, "_fwd", lambda x, *args: seen.append(x.data_ptr()) or kernel(x, *args))
+    ops = sys.modules[cross_entropy.__module__]
+    seen, kernel = [], ops._fwd
+    monkeypatch.setattr(ops, "_fwd", lambda x, *args: seen.append(x.data_ptr()) or kernel(x, *args))
     x, target = torch.randn(2, 9, 8, 8), torch.randint(0, 9, (2, 8, 8))
     for image in (x, x.to(memory_format=torch.channels_last), torch.randn(2, 8, 8, 9).movedim(-1, 1)):
         torch.testing.assert_close(cross_entropy(image, target), F.cross_entropy(image, target))

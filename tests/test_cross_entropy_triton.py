@@ -242,6 +242,16 @@ def test_coefficients_of_any_strides():
     assert torch.equal(_triton.grad(x, target, None, k.t().contiguous().t(), *Options()), expected)
 
 
+@pytest.mark.parametrize("kind, index", cases.CANNOT_HOLD, ids=str)
+def test_an_ignore_index_that_the_labels_cannot_hold(kind, index, small):
+    small(1)
+    x, target = torch.randn(3, 300, device=DEVICE), torch.tensor([156, 3, 255], device=DEVICE)
+    for reduction in REDUCTIONS:
+        options = 0.0, 0.0, 0.0, 1.0, reduction, False, True
+        results = _triton.fwd(x, target.to(kind), None, index, *options), _triton.fwd(x, target, None, -100, *options)
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the device assert ends the process")
 @pytest.mark.parametrize("processors", [1, 16])
 def test_label_out_of_range_reads_nothing(processors, small):

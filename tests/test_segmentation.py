@@ -216,6 +216,15 @@ def test_cpu_dice_options(reduction, target, masked, squared, levels):
     check_dice(levels, x, t, mask, (torch.rand(4), 0.7, 1.3, 0.5, squared, True, reduction))
 
 
+def test_a_class_map_whose_dtype_does_not_hold_the_number_of_classes(library):
+    from minkernels.segmentation import _cpu
+
+    x, t = torch.randn(2, 300, 33), torch.randint(0, 256, (2, 33), dtype=torch.uint8)
+    for backend in (_cpu, reference):
+        results = [backend.bce_dice_fwd(x, labels, None, None, 1.0, 1.0, 1.0, False, True, "mean") for labels in (t, t.long())]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(
     shape=image_shapes, dtype=st.sampled_from(DTYPES), target=st.sampled_from([*TARGETS, "map"]), reduction=st.sampled_from(REDUCTIONS),

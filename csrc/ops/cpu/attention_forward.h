@@ -95,7 +95,7 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
     const auto cut = [&](int64_t last) {  // in registers: a load of what narrower stores have just written would wait for them
       for (; j < last; j += L) {
         const vec<lane_t<A>> column = lanes + lane_t<A>(j);
-        const vec<A> x = column >= lane_t<A>(lo[i]) & column < lane_t<A>(hi[i]) ? load(s + j) : splat(-inf);
+        const vec<A> x = (column >= lane_t<A>(lo[i])) & (column < lane_t<A>(hi[i])) ? load(s + j) : splat(-inf);
         store(s + j, x), top = max(x, top);
       }
     };

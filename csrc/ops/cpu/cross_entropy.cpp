@@ -2,6 +2,9 @@
 #include "cross_entropy.h"
 
 #include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "runtime.h"
@@ -162,40 +165,72 @@ static double run(Softmax& a, bool rows_only = false) {
   return sum;
 }
 
-// Returns the first row whose label names no class, before anything is written; -1 if there is none. divisor: of the mean, where these
-// rows are a part of it. grad may be input.
-static int64_t cross_entropy_fwd(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss,
-                                 double softcap, double scale, int64_t reduction, std::optional<double> divisor, bool empty_zero,
-                                 Tensor loss, Tensor stats, Maybe grad) {
-  Softmax a = arguments(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale});
+// As label_error of cross_entropy/_options.py. PyTorch makes an IndexError of it.
+static void check_label(const Tensor& target, const Labels& labels, int64_t V) {
+  const int64_t row = labels.bad, step = target.dim() == 2 ? target.size(1) : 1;
+  if (row < 0) return;
+  const int64_t at = row / step * target.stride(0) + (target.dim() == 2 ? row % step * target.stride(1) : 0);
+  const int64_t bytes = target.element_size();
+  const char* from = (const char*)target.data_ptr() + at * bytes;
+  const int64_t label = bytes == 8 ? *(const int64_t*)from : bytes == 4 ? *(const int32_t*)from : *(const uint8_t*)from;
+  const std::string where = std::to_string(row / step) + (target.dim() == 2 ? ", " + std::to_string(row % step) : "");
+  throw std::out_of_range("target[" + where + "] is " + std::to_string(label) + ", out of range for " + std::to_string(V) +
+                          " classes (0 to " + std::to_string(V - 1) + ")");
+}
+
+// divisor: of the mean, where these rows are a part of it. grad may be input.
+static void forward(const Tensor& input, const Tensor& target, const Maybe& weight, const Options& x, Reduction reduction,
+                    std::optional<double> divisor, bool empty_zero, const Tensor& loss, const Tensor& stats, const Maybe& grad) {
+  Softmax a = arguments(input, target, weight, x);
   Labels labels = check_labels(a);
-  if (labels.bad >= 0) return labels.bad;
+  check_label(target, labels, a.V);
   double sum_of_weights = divisor ? *divisor : labels.weight;
-  if (Reduction(reduction) == Reduction::mean) a.factor = 1 / (empty_zero && sum_of_weights == 0 ? 1 : sum_of_weights);
+  if (reduction == Reduction::mean) a.factor = 1 / (empty_zero && sum_of_weights == 0 ? 1 : sum_of_weights);
   if (grad) want_grad(a, *grad);
   a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
   advise_huge_pages(a.stats, stats.numel() * stats.element_size());
-  bool each = Reduction(reduction) == Reduction::none;
-  if (each) a.loss = (char*)loss.data_ptr();
+  if (reduction == Reduction::none) a.loss = (char*)loss.data_ptr();
   double sum = run(a) * a.factor;
-  if (each) return -1;
+  if (reduction == Reduction::none) return;
   if (a.logits.dtype == Dtype::f64)
     *(double*)loss.data_ptr() = sum;
   else
     *(float*)loss.data_ptr() = float(sum);
-  return -1;
+}
+
+// Outputs as new_loss() and saved_stats() of cross_entropy/_options.py make them.
+static std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor target, Maybe weight, int64_t ignore_index,
+                                                            double smoothing, double z_loss, double softcap, double scale,
+                                                            StringHandle reduction, bool empty_zero, bool with_grad) {
+  const Reduction how = take_reduction(reduction);
+  std::vector<int64_t> rows{input.size(0)};
+  for (int64_t d = 2; d < input.dim(); d++) rows.push_back(input.size(d));
+  const int64_t count = rows.size() == 2 ? rows[0] * rows[1] : rows[0];
+  if (how != Reduction::none) rows.clear();
+  Tensor loss = torch::stable::new_empty(input, rows, wide_dtype(input));
+  Tensor stats = torch::stable::new_empty(input, {count, is_label(target) ? 2 : 3}, wide_dtype(input));
+  Tensor grad = with_grad ? minkernels::empty_like(input) : torch::stable::new_empty(input, {0});
+  forward(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale}, how, std::nullopt, empty_zero, loss, stats,
+          with_grad ? Maybe(grad) : std::nullopt);
+  return {loss, stats, grad};
+}
+
+// A part of the rows of a loss, for linear_cross_entropy.
+static void cross_entropy_part(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss,
+                               double softcap, double scale, StringHandle reduction, double divisor, bool empty_zero, Tensor loss,
+                               Tensor stats, Maybe grad) {
+  forward(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale}, take_reduction(reduction), divisor, empty_zero, loss,
+          stats, grad);
 }
 
 // As many columns of statistics as stats has; a label that names no class is of another shard if shard is set.
-static int64_t softmax_stats(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss,
-                             double softcap, double scale, bool shard, Tensor stats, Maybe argmax) {
+static void softmax_stats(Tensor input, Tensor target, Maybe weight, int64_t ignore_index, double smoothing, double z_loss, double softcap,
+                          double scale, bool shard, Tensor stats, Maybe argmax) {
   Softmax a = arguments(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale});
-  Labels labels = check_labels(a);
-  if (labels.bad >= 0 && !shard) return labels.bad;
+  if (!shard) check_label(target, check_labels(a), a.V);
   a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
   if (argmax) a.argmax = (int64_t*)argmax->data_ptr();
   run(a, true);
-  return -1;
 }
 
 static void softmax_grad(Tensor input, Tensor target, Maybe weight, Tensor coefficients, int64_t ignore_index, double smoothing,
@@ -211,13 +246,14 @@ static void softmax_grad(Tensor input, Tensor target, Maybe weight, Tensor coeff
 #define OPTIONS "int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def("_cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, " OPTIONS
-        "int reduction, float? divisor, bool empty_zero, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? grad) -> int");
-  m.def("_softmax_stats(Tensor input, Tensor target, Tensor? weight, " OPTIONS "bool shard, Tensor(a!) stats, Tensor(b!)? argmax) -> int");
+  m.def("_cross_entropy_part(Tensor input, Tensor target, Tensor? weight, " OPTIONS
+        "str reduction, float divisor, bool empty_zero, Tensor(a!) loss, Tensor(b!) stats, Tensor(c!)? grad) -> ()");
+  m.def("_softmax_stats(Tensor input, Tensor target, Tensor? weight, " OPTIONS "bool shard, Tensor(a!) stats, Tensor(b!)? argmax) -> ()");
   m.def("_softmax_grad(Tensor input, Tensor target, Tensor? weight, Tensor coefficients, " OPTIONS "Tensor(a!) grad) -> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
-  m.impl("_cross_entropy_fwd", TORCH_BOX(&minkernels::cross_entropy_fwd));
+  m.impl("cross_entropy_fwd", TORCH_BOX(&minkernels::cross_entropy_fwd));
+  m.impl("_cross_entropy_part", TORCH_BOX(&minkernels::cross_entropy_part));
   m.impl("_softmax_stats", TORCH_BOX(&minkernels::softmax_stats));
   m.impl("_softmax_grad", TORCH_BOX(&minkernels::softmax_grad));
 }

@@ -4,8 +4,6 @@
 
 namespace minkernels {
 
-enum class Reduction : int64_t { none, mean, sum };
-
 // A tensor of (B, V, D): V classes, B D rows of them. Strides in elements; null where there is none.
 struct Volume {
   char* data = nullptr;

@@ -1,7 +1,5 @@
 #include "runtime.h"
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -50,6 +48,19 @@ Dtype dtype_of(const Tensor& t) {
     case ScalarType::Double: return Dtype::f64;
     default: throw std::runtime_error("minkernels: a float dtype was expected");
   }
+}
+
+torch::headeronly::ScalarType wide_dtype(const Tensor& t) {
+  using torch::headeronly::ScalarType;
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Reduction take_reduction(StringHandle name) {
+  const char* text = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
+  const Reduction found = !std::strcmp(text, "none") ? Reduction::none : !std::strcmp(text, "sum") ? Reduction::sum : Reduction::mean;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
+  return found;
 }
 
 constexpr size_t huge_page = 2 << 20, worth_it = 4 << 20;

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -19,6 +20,11 @@ using torch::stable::Tensor;
 int level();  // an index into LEVELS: the best that this machine has, or what MINKERNELS_CPU_LEVEL names if that is lower
 
 Dtype dtype_of(const Tensor& t);
+torch::headeronly::ScalarType wide_dtype(
+    const Tensor& t);  // of results that are no narrower than the arithmetic: float, or double of double
+
+enum class Reduction : int64_t { none, mean, sum };
+Reduction take_reduction(StringHandle name);  // an argument, which ends here: std::string as an argument is never freed by PyTorch 2.13
 
 // Fresh memory of 4 MB and more costs more in page faults than the kernels take to fill it: ask for huge pages.
 void advise_huge_pages(void* p, size_t bytes);

@@ -2,8 +2,6 @@
 // segmentation_kernel.h. Outputs are allocated above; every tensor of a pointwise loss has the shape of the logits.
 #include "segmentation.h"
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cmath>
 #include <numeric>
 #include <optional>
@@ -79,8 +77,6 @@ static void put(const Tensor& t, double value) {
 static double get(const Tensor& t) { return element_type(t) == Element::f64 ? *(const double*)t.data_ptr() : *(const float*)t.data_ptr(); }
 
 static bool any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
-
-enum class Reduction : int64_t { none, mean, sum };
 
 static Pointwise pointwise(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
                            const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& dloss,

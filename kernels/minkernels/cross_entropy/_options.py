@@ -54,12 +54,19 @@ def new_loss(input: Tensor, reduction: str) -> Tensor:
     return input.new_empty(per_row(input) if reduction == "none" else (), dtype=accumulator(input))
 
 
-def label_error(target: Tensor, row: int, V: int) -> IndexError:
-    """The one error that only the data can show; it carries what a caller needs who knows the target by another shape."""
-    at = [int(i) for i in torch.unravel_index(torch.tensor(row), target.shape)]
-    error = IndexError(f"target{at or ''} is {target[tuple(at)].item()}, out of range for {V} classes (0 to {V - 1})")
-    error.row, error.classes = row, V
-    return error
+def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """Which labels are ignore_index: as int64, since PyTorch would wrap it into their dtype, and -100 would be the uint8 label 156."""
+    return target.long() == ignore_index
+
+
+def check_labels(target: Tensor, V: int, ignore_index: int) -> None:
+    """Raises the one error that only the data can show: the first label that names no class."""
+    if is_labels(target):
+        label = target.long()
+        bad = (label != ignore_index) & ((label < 0) | (label >= V))
+        if bad.any():
+            at = bad.nonzero()[0].tolist()
+            raise IndexError(f"target{at or ''} is {target[tuple(at)].item()}, out of range for {V} classes (0 to {V - 1})")
 
 
 def weighted(sums: Tensor, empty_zero: bool) -> Tensor:
@@ -70,7 +77,7 @@ def weighted(sums: Tensor, empty_zero: bool) -> Tensor:
 def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
     """(rows,) of labels: 0 where ignored, else 1 or the weight of the class."""
     target = target.reshape(-1)
-    counts = target != ignore_index
+    counts = ~is_ignored(target, ignore_index)
     if weight is None:
         return counts.to(dtype)
     return weight[target.long().masked_fill(~counts, 0)] * counts
@@ -81,7 +88,7 @@ def divisor(target: Tensor, V: int, weight: Tensor | None, ignore_index: int, dt
     if not is_labels(target):
         return torch.full((), target.numel() // V, dtype=dtype, device=target.device)
     if weight is None:
-        return (target != ignore_index).sum().to(dtype)
+        return (target.numel() - is_ignored(target, ignore_index).sum()).to(dtype)
     return row_weights(target, weight, ignore_index, dtype).sum()
 
 
@@ -93,7 +100,7 @@ def coefficients(dloss: Tensor, V: int, target: Tensor, weight: Tensor | None, s
     f = f.reshape(-1)
     if is_labels(target):
         plain = weight is None and not s and not x.z_loss
-        w = target.reshape(-1) != x.ignore_index if plain else row_weights(target, weight, x.ignore_index, stats.dtype)
+        w = ~is_ignored(target.reshape(-1), x.ignore_index) if plain else row_weights(target, weight, x.ignore_index, stats.dtype)
         total = w * (1 - s) if s else w
         H = f * total
         S = (f * (s / V)).expand_as(m) if s else zero

@@ -5,20 +5,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minkernels.cross_entropy._options import Options, coefficients, label_error, row_weights, weighted
+from minkernels.cross_entropy._options import Options, check_labels, coefficients, is_ignored, row_weights, weighted
 
 
 def shard(target: Tensor, V: int, x: Options, group) -> tuple[Tensor, Options, int]:
     """Labels as this rank's V classes number them, the options that go with them, and how many classes there are in all."""
     total = V * dist.get_world_size(group)
-    ignored, fits = target == x.ignore_index, (target >= 0) & (target < total)
+    label, ignored = target.long(), is_ignored(target, x.ignore_index)
     if target.device.type == "cpu":
-        if not (ignored | fits).all():
-            raise label_error(target, int((~(ignored | fits)).flatten().nonzero()[0]), total)
+        check_labels(target, total, x.ignore_index)
     else:
-        torch._assert_async((ignored | fits).all(), f"target out of range for {total} classes")
+        torch._assert_async((ignored | ((label >= 0) & (label < total))).all(), f"target out of range for {total} classes")
     nowhere = -total - 1  # no label minus the start of a shard is this
-    local = (target.long() - V * dist.get_rank(group)).masked_fill(ignored, nowhere)
+    local = (label - V * dist.get_rank(group)).masked_fill(ignored, nowhere)
     return local, x._replace(ignore_index=nowhere), total
 
 
@@ -50,7 +49,7 @@ def reduced(stats: Tensor, total: int, target: Tensor, weight: Tensor | None, x:
         loss = loss + x.label_smoothing / total * (T * log_d + U)
     if x.z_loss:
         loss = loss + x.z_loss * w * (m + log_d) ** 2
-    loss = loss.masked_fill(target.reshape(-1) == x.ignore_index, 0.0)
+    loss = loss.masked_fill(is_ignored(target.reshape(-1), x.ignore_index), 0.0)
     if reduction == "none":
         return loss
     return loss.sum() / weighted(w.sum(), empty_zero) if reduction == "mean" else loss.sum()

@@ -10,7 +10,17 @@ import torch
 import triton
 
 from minkernels._triton_math import ASSERT, FUSED, registers
-from minkernels.cross_entropy._options import Options, is_labels, new_loss, new_stats, per_row, row_weights, saved_stats, weighted
+from minkernels.cross_entropy._options import (
+    Options,
+    is_ignored,
+    is_labels,
+    new_loss,
+    new_stats,
+    per_row,
+    row_weights,
+    saved_stats,
+    weighted,
+)
 from minkernels.cross_entropy._triton_kernels import PARTIAL, _grad_kernel, _merge_kernel, _scale_kernel, _stats_kernel
 
 WHOLE = 32768  # elements of the largest tile: half of a processor's registers
@@ -29,7 +39,7 @@ def fwd(input, target, weight, *options, divisor=None, out=None):
         rows //= input.shape[1]
     if reduction == "mean" and divisor is None:
         if labels:
-            w = target != x.ignore_index if weight is None else row_weights(target, weight, x.ignore_index, torch.float32)
+            w = ~is_ignored(target, x.ignore_index) if weight is None else row_weights(target, weight, x.ignore_index, torch.float32)
             divisor = weighted(w.sum(), empty_zero)
         else:
             factor = 1 / max(1, rows)

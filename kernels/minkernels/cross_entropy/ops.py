@@ -13,9 +13,10 @@ from minkernels.cross_entropy._options import (
     SCHEMA,
     Options,
     accumulator,
+    check_labels,
     coefficients,
+    is_ignored,
     is_labels,
-    label_error,
     new_loss,
     new_stats,
     per_row,
@@ -88,8 +89,9 @@ def cross_entropy(
             loss = apply(_CrossEntropy, *args, reduction != "none" and not flat.requires_grad and grad_early(input))[0]
         else:
             loss = _fwd(*args, False)[0]
-    except IndexError as error:
-        raise in_place(error, target) from None
+    except IndexError:  # of the labels as the kernels see them; the caller's are to be named
+        check_labels(target, classes_in_all(input.shape[min(1, input.dim() - 1)], group), x.ignore_index)
+        raise
     return loss if reduction != "none" or loss.shape == target.shape else loss.reshape(_classes_out(input))
 
 
@@ -123,8 +125,9 @@ def token_logprobs(
     rows, flat = traceable(input.reshape(-1, input.shape[-1]), target.reshape(-1))
     try:
         results = apply(_TokenLogprobs, rows, flat, *x) if needs_grad(rows) else _token_logprobs(rows, flat, *x)
-    except IndexError as error:
-        raise in_place(error, target) from None
+    except IndexError:
+        check_labels(target, input.shape[-1], ignore_index)
+        raise
     return in_shape(results, target, return_lse)
 
 
@@ -171,11 +174,6 @@ def check_empty(empty):
         raise ValueError(f"empty must be one of {', '.join(EMPTY)}, got {empty!r}")
 
 
-def in_place(error, target):
-    """A label's IndexError with its place in target as the caller gave it."""
-    return label_error(target, error.row, error.classes) if hasattr(error, "row") else error
-
-
 def check_weight(weight, input, V):
     check_floats("weight", weight)
     if weight.shape != (V,):
@@ -194,15 +192,17 @@ def _check(input, weight, group):
     if V == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
     if weight is not None:
-        check_weight(weight, input, V if group is None else V * world_size(group))
+        check_weight(weight, input, classes_in_all(V, group))
 
 
-def world_size(group):
+def classes_in_all(V, group) -> int:
+    if group is None:
+        return V
     from torch import distributed
 
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {group!r}")
-    return distributed.get_world_size(group)
+    return V * distributed.get_world_size(group)
 
 
 def parallel():
@@ -267,7 +267,7 @@ _fwd = define(
     " -> (Tensor loss, Tensor stats, Tensor grad)",
     fake=_fwd_fake,
     reference=reference.fwd,
-    cpu="minkernels.cross_entropy._cpu:fwd",
+    cpu=None,
     cuda="minkernels.cross_entropy._triton:fwd",
 )
 softmax_stats = define(
@@ -344,7 +344,7 @@ class _CrossEntropy(torch.autograd.Function):
 def logprobs_of(stats: Tensor, target: Tensor, ignore_index: int):
     """(rows,) log-probability of the label, entropy, and lse."""
     m, d, _, rel, _, E = stats.unbind(-1)
-    ignored, log_d = target == ignore_index, d.log()
+    ignored, log_d = is_ignored(target, ignore_index), d.log()
     return tuple(t.masked_fill(ignored, 0.0) for t in (-rel - log_d, log_d + E / d, m + log_d))
 
 

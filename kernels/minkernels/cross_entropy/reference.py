@@ -2,7 +2,7 @@
 
 import torch
 
-from minkernels.cross_entropy._options import Options, coefficients, is_labels, label_error, per_row, row_weights, transformed, weighted
+from minkernels.cross_entropy._options import Options, check_labels, coefficients, is_labels, per_row, row_weights, transformed, weighted
 
 
 def fwd(input, target, weight, *options):
@@ -47,7 +47,7 @@ def stats(input, target, weight, *options):
     if x.label_smoothing:
         c = torch.ones_like(z) if weight is None else weight.to(z.dtype).expand_as(z)
         T, U = c.sum(-1), (c * below).sum(-1)
-    here = torch.ones_like(valid) if not shard else (target.reshape(-1) >= 0) & (target.reshape(-1) < input.shape[1])
+    here = torch.ones_like(valid) if not shard else _inside(target.reshape(-1).long(), input.shape[1])
     columns = [top[:, 0], e.sum(-1), T, below.gather(-1, label[:, None])[:, 0].masked_fill(~here, 0.0), U]
     if entropy:
         columns.append(torch.where(e > 0, e * below, 0.0).sum(-1))
@@ -65,8 +65,7 @@ def grad(input, target, weight, coefficients, *options):
         c = c * (_flat(target).to(z.dtype) * (1 - x.label_smoothing) + x.label_smoothing / V)
     g = e * P + torch.where((e > 0) & (Q != 0), e * Q * (m - z), 0.0) - torch.where(S != 0, S * c, 0.0)
     if is_labels(target):
-        here = (target.reshape(-1) >= 0) & (target.reshape(-1) < V)
-        g.scatter_add_(1, label[:, None], (-H[:, 0] * here)[:, None])
+        g.scatter_add_(1, label[:, None], (-H[:, 0] * _inside(target.reshape(-1).long(), V))[:, None])
     g = g * (x.logit_scale * (1 - (z / x.softcap) ** 2 if x.softcap else 1))
     g = g.masked_fill(~valid[:, None], 0.0)
     rows = [*per_row(input), V]
@@ -82,6 +81,10 @@ def _flat(t):
     return t.movedim(1, -1).reshape(-1, t.shape[1]) if t.numel() else t.reshape(0, t.shape[1])
 
 
+def _inside(label, V):
+    return (label >= 0) & (label < V)
+
+
 def _rows(input, target, x, shard):
     """z with the ignored rows zeroed (they may hold NaN), labels safe to gather, and which rows count."""
     z, V = _flat(input), input.shape[1]
@@ -89,7 +92,7 @@ def _rows(input, target, x, shard):
         valid = torch.ones(len(z), dtype=torch.bool, device=z.device)
         return transformed(z, x), None, valid
     label = target.reshape(-1).long()
-    valid, inside = label != x.ignore_index, (label >= 0) & (label < V)
-    if not shard and input.device.type == "cpu" and (bad := valid & ~inside).any():
-        raise label_error(target, int(bad.nonzero()[0]), V)
+    valid, inside = label != x.ignore_index, _inside(label, V)
+    if not shard and input.device.type == "cpu":
+        check_labels(target, V, x.ignore_index)
     return transformed(z.masked_fill(~valid[:, None], 0.0), x), label.masked_fill(~(valid & inside), 0), valid

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from minkernels.cross_entropy import _cpu as kernels
-from minkernels.cross_entropy._options import is_labels, label_error
+from minkernels.cross_entropy._options import check_labels, is_ignored, is_labels
 from minkernels.linear_cross_entropy import _chunked
 
 CHUNK_BYTES = 16 << 20  # of logits
@@ -48,17 +48,10 @@ class Sum:
             self.out.copy_(self.wide)
 
 
-def check_labels(target, V, ignore_index):
-    if is_labels(target):
-        bad = (target != ignore_index) & ((target < 0) | (target >= V))
-        if bad.any():
-            raise label_error(target, int(bad.flatten().nonzero()[0]), V)
-
-
 def compact(target, ignore_index, *tensors):
     """The rows that count, and where they were; None where all do."""
     if is_labels(target) and target.dim() == 1:
-        counts = target != ignore_index
+        counts = ~is_ignored(target, ignore_index)
         if not counts.all():
             kept = counts.nonzero()[:, 0]
             return kept, [t[kept] for t in tensors]
@@ -66,7 +59,7 @@ def compact(target, ignore_index, *tensors):
 
 
 _road = SimpleNamespace(
-    fwd=kernels.fwd, stats=kernels.stats, grad=kernels.grad, check_labels=check_labels, compact=compact, Sum=Sum,
+    fwd=kernels.part, stats=kernels.stats, grad=kernels.grad, check_labels=check_labels, compact=compact, Sum=Sum,
     CHUNK_BYTES=CHUNK_BYTES, CHUNK_ROWS=CHUNK_ROWS,
 )  # fmt: skip
 fwd, stats, grad = (partial(f, _road) for f in (_chunked.fwd, _chunked.stats, _chunked.grad))

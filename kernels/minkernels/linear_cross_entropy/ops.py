@@ -7,21 +7,20 @@ from torch import Tensor
 
 from minkernels._checks import check_floats, check_int, check_reduction
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
-from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, coefficients, is_labels, new_stats
+from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
     check_empty,
     check_target,
     check_weight,
+    classes_in_all,
     grad_early,
-    in_place,
     in_shape,
     logprob_coefficients,
     logprobs_of,
     options,
     parallel,
     scale,
-    world_size,
 )  # fmt: skip
 from minkernels.linear_cross_entropy import reference
 
@@ -83,8 +82,9 @@ def linear_cross_entropy(
             loss = apply(_LinearCrossEntropy, *args, *(early and want for want in (wanted[0], wanted[1], wanted[3])))[0]
         else:
             loss = _fwd(*args, False, False, False)[0]
-    except IndexError as error:
-        raise in_place(error, target) from None
+    except IndexError:  # of the labels as the kernels see them; the caller's are to be named
+        check_labels(target, classes_in_all(V, group), x.ignore_index)
+        raise
     return loss.reshape((*lead, *positions)) if reduction == "none" else loss
 
 
@@ -114,8 +114,9 @@ def linear_token_logprobs(
     args = *traceable(*_flat(input, linear_weight, target, linear_bias)), *x, memory_budget or 0
     try:
         results = apply(_LinearTokenLogprobs, *args) if needs_grad(*args[:4]) else _logprobs(*args)
-    except IndexError as error:
-        raise in_place(error, target) from None
+    except IndexError:
+        check_labels(target, len(linear_weight), ignore_index)
+        raise
     return in_shape(results, target, return_lse)
 
 
@@ -135,7 +136,7 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(f"linear_bias must be {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
     if weight is not None:
-        check_weight(weight, input, len(linear_weight) * (1 if group is None else world_size(group)))
+        check_weight(weight, input, classes_in_all(len(linear_weight), group))
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)

@@ -8,8 +8,8 @@ def check_targets(input: Tensor, target: Tensor, mask: Tensor | None) -> None:
     """Raises IndexError for the first such target that counts; float and bool targets may hold anything."""
     if target.is_floating_point() or target.dtype == torch.bool:
         return
-    class_map = target.dim() < input.dim()
-    bad = (target < 0) | (target >= (input.shape[1] if class_map else 2))
+    class_map, label = target.dim() < input.dim(), target.long()  # 256 classes would be 0 beside uint8
+    bad = (label < 0) | (label >= (input.shape[1] if class_map else 2))
     if mask is not None:
         bad = bad & (mask.any(1) if class_map else mask)
     if bad.any():

@@ -297,31 +297,48 @@ static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Ma
   return {o, lse};
 }
 
-static void attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Maybe bias, Maybe sinks,
-                          Maybe key_mask, Maybe kv_lens, Maybe mask, Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed,
-                          std::optional<int64_t> left, std::optional<int64_t> right, bool top_left, double scale, double softcap,
-                          double dropout_p, int64_t max_seqlen_q, int64_t max_seqlen_k, Tensor dq, Tensor dk, Tensor dv, Maybe dbias) {
+// As grads_like() of attention/_options.py; what nobody wants has no elements.
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor dout, Maybe dlse, Tensor q, Tensor k, Tensor v, Tensor o,
+                                                                        Tensor lse, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens,
+                                                                        Maybe mask, Maybe cu_seqlens_q, Maybe cu_seqlens_k, Maybe seed,
+                                                                        std::optional<int64_t> left, std::optional<int64_t> right,
+                                                                        bool top_left, double scale, double softcap, double dropout_p,
+                                                                        int64_t max_seqlen_q, int64_t max_seqlen_k, bool bias_grad) {
+  using torch::stable::empty_like, torch::stable::new_empty;
   Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
             left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
   Attention a = arguments(q, k, v, o, lse, x);
-  a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv), a.dbias = broadcast(dbias);
-  if (dlse) a.dlse = (const char*)dlse->data_ptr();
-  if (dbias) a.every_b = dbias->size(0) == 1 && a.B > 1, a.every_h = dbias->size(1) == 1 && a.Hkv > 1;
+  Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v), dsinks = sinks ? empty_like(*sinks) : new_empty(q, {0});
+  a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
+  if (dlse) dlse = torch::stable::contiguous(*dlse), a.dlse = (const char*)dlse->data_ptr();
+  Maybe sums;
+  if (bias_grad) {  // where all keys share it, a sum for each query: the kernel's tasks are blocks of keys
+    const bool a_query = bias->size(3) == 1;
+    const auto size = [&](int64_t dim, int64_t all) { return a_query ? all : bias->size(dim); };
+    sums = torch::stable::new_zeros(*bias, {size(0, a.B), size(1, a.H), size(2, a.M), bias->size(3)}, wide_dtype(q));
+    a.dbias = broadcast(sums), a.every_b = sums->size(0) == 1 && a.B > 1, a.every_h = sums->size(1) == 1 && a.Hkv > 1;
+  }
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());
   STD_TORCH_CHECK(run(a, x, true), "kv_lens or cu_seqlens do not fit the tensors");
+  Tensor dbias = new_empty(q, {0});
+  if (bias_grad) {
+    std::vector<int64_t> shared;
+    for (int64_t dim = 0; dim < 4; dim++)
+      if (bias->size(dim) != sums->size(dim)) shared.push_back(dim);
+    dbias = new_empty(*bias, bias->sizes());
+    torch::stable::copy_(dbias, shared.empty() ? *sums : torch::stable::sum(*sums, shared, true));
+  }
+  if (sinks) {
+    a.dsinks = (char*)dsinks.data_ptr();
+    const AttentionStep step = roads_for(a.dtype).sinks_grad;
+    run_tasks(a.H, 0, [&](int64_t h, char*) { step(a, {0, int32_t(h), 0}, nullptr); }, most_threads(a));
+  }
+  return {dq, dk, dv, dbias, dsinks};
 }
 
 }  // namespace minkernels
 
-#define OPTIONS                                                                                                                \
-  "Tensor? bias, Tensor? sinks, Tensor? key_mask, Tensor? kv_lens, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, " \
-  "Tensor? seed, int? left, int? right, bool top_left, float scale, float softcap, float dropout_p, int max_seqlen_q, int max_seqlen_k, "
-
-STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def("_attention_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, " OPTIONS
-        "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dbias) -> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&minkernels::attention_fwd));
-  m.impl("_attention_bwd", TORCH_BOX(&minkernels::attention_bwd));
+  m.impl("attention_bwd", TORCH_BOX(&minkernels::attention_bwd));
 }

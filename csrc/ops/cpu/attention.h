@@ -45,7 +45,8 @@ struct Attention {
   View bias, mask;                               // (B, H, M, N): any float dtype; bool
   View dbias;                                    // of bias' shape, in the dtype of the arithmetic; or (B, H, M, 1) where that has one key
   char* lse = nullptr;                           // (B, H, M), contiguous; float for 16-bit tensors, else double
-  const char *sinks = nullptr, *dlse = nullptr;  // (H,), (B, H, M) of the dtype of lse; contiguous
+  const char *sinks = nullptr, *dlse = nullptr;  // (H,) in the dtype of the arithmetic, (B, H, M) of the dtype of lse; contiguous
+  char* dsinks = nullptr;                        // as sinks
   int64_t B, H, Hkv, M, N, D, Dv, group;         // group: query heads of a key head
   double flops = 0;
   int64_t left, right;  // query i sees keys i + off - left to i + off + right
@@ -86,6 +87,7 @@ struct AttentionKernels {
 
 struct AttentionRoads {  // of one dtype, at one level
   AttentionKernels forward, backward, short_backward;
+  AttentionStep sinks_grad;  // of a head
   bool (*takes_short)(const Attention&);
 };
 const AttentionRoads& attention_16bit(int level, Dtype);  // a source of its own, so that two cores compile the kernels

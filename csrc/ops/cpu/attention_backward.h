@@ -69,7 +69,35 @@ static void backward_pack_keys(const Attention& a, const Item& chunk, char* scra
   }
 }
 
-// Queries of a block: q and do transposed, delta = sum(do * o) - dlse per row; a block that sees no key gets its zero dq here.
+// delta = sum(do * o) - dlse of a query.
+template <class T>
+INLINE acc_t<T> delta_of(const Attention& a, int64_t b, int64_t h, int64_t i) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  A x[256 + L], y[256 + L];
+  for (int64_t j = a.Dv / L * L; j < round_up(a.Dv, L); j++) x[j] = y[j] = 0;
+  widen_row(x, row_of<T>(a.dout, b, h, i), a.dout.d, a.Dv);
+  widen_row(y, row_of<T>(a.o, b, h, i), a.o.d, a.Dv);
+  vec<A> sum = {};
+  for (int64_t j = 0; j < a.Dv; j += L) sum += load(x + j) * load(y + j);
+  return A(lanes_sum(sum) - (a.dlse ? ((const lse_t<T>*)a.dlse)[(b * a.H + h) * a.M + i] : 0));
+}
+
+// -sum(p_sink * delta): a sink is a key whose value is 0, so only lse knows it.
+template <class T>
+static void sinks_grad(const Attention& a, const Item& item, char*) {
+  using A = acc_t<T>;
+  const double sink = double(((const A*)a.sinks)[item.head]);
+  double sum = 0;
+  for (int64_t b = 0; b < a.B; b++)
+    for (int64_t i = 0; i < a.M; i++) {
+      const double lse = double(((const lse_t<T>*)a.lse)[(b * a.H + item.head) * a.M + i]);
+      if (lse != -__builtin_inf()) sum -= __builtin_exp(sink - lse) * double(delta_of<T>(a, b, item.head, i));
+    }
+  ((A*)a.dsinks)[item.head] = A(sum);
+}
+
+// Queries of a block: q and do transposed, delta per row; a block that sees no key gets its zero dq here.
 template <class T>
 static void backward_pack_queries(const Attention& a, const Item& block, char* scratch) {
   using W = word_t<T>;
@@ -105,15 +133,7 @@ static void backward_pack_queries(const Attention& a, const Item& block, char* s
   pack(a.dout, a.Dv, z.dv6, a.dot);
 
   A* delta = (A*)(a.work + a.delta) + slot + i0;
-  constexpr int L = vector<A>::lanes;
-  A x[256 + L] = {}, y[256 + L] = {};  // beyond Dv they stay 0
-  for (int64_t i = 0; i < rows; i++) {
-    widen_row(x, row_of<T>(a.dout, s.b, h, q0 + i), a.dout.d, a.Dv);
-    widen_row(y, row_of<T>(a.o, s.b, h, q0 + i), a.o.d, a.Dv);
-    vec<A> sum = {};
-    for (int64_t j = 0; j < a.Dv; j += L) sum += load(x + j) * load(y + j);
-    delta[i] = A(lanes_sum(sum) - (a.dlse ? ((const lse_t<T>*)a.dlse)[(s.b * a.H + h) * a.M + q0 + i] : 0));
-  }
+  for (int64_t i = 0; i < rows; i++) delta[i] = delta_of<T>(a, s.b, h, q0 + i);
 }
 
 template <class A>

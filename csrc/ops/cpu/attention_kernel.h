@@ -111,6 +111,7 @@ static const AttentionRoads& attention_roads() {
       {QUERIES, 0, forward_plan<T>, forward_pack<T>, nullptr, forward_task<T>, forward_merge<T>},
       {BWD_QUERIES, BWD_KEYS, backward_plan<T>, backward_pack_keys<T>, backward_pack_queries<T>, backward_task<T>, nullptr},
       {SHORT, SHORT, short_plan<T>, nullptr, nullptr, short_backward<T>, nullptr},
+      sinks_grad<T>,
       takes_short<T>};
   return roads;
 }

@@ -2,6 +2,7 @@
 
 #include <cstring>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -178,6 +179,14 @@ Tensor empty_like(const Tensor& x) {
   Tensor result = torch::stable::from_blob(block.memory.get(), like.sizes(), like.strides(), like.device(), like.scalar_type(), give);
   block.memory.release();
   return result;
+}
+
+Tensor wide_empty_like(const Tensor& x) {
+  using torch::stable::detail::from;
+  const std::optional<torch::headeronly::ScalarType> dtype = wide_dtype(x);
+  StableIValue stack[] = {from(x), from(dtype), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 static thread_local Memory spare;

@@ -20,8 +20,7 @@ using torch::stable::Tensor;
 int level();  // an index into LEVELS: the best that this machine has, or what MINKERNELS_CPU_LEVEL names if that is lower
 
 Dtype dtype_of(const Tensor& t);
-torch::headeronly::ScalarType wide_dtype(
-    const Tensor& t);  // of results that are no narrower than the arithmetic: float, or double of double
+torch::headeronly::ScalarType wide_dtype(const Tensor& t);  // of results no narrower than the arithmetic: float, or double
 
 enum class Reduction : int64_t { none, mean, sum };
 Reduction take_reduction(StringHandle name);  // an argument, which ends here: std::string as an argument is never freed by PyTorch 2.13
@@ -41,7 +40,8 @@ Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pa
 // Like x, uninitialised, where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the system zeroes fresh
 // pages, which takes longer than most kernels take to fill them. For large ones: others malloc keeps itself (_memory.py).
 Tensor empty_like(const Tensor& x);
-void empty_cache();  // gives that memory back to the system
+Tensor wide_empty_like(const Tensor& x);  // uninitialised, of wide_dtype(x)
+void empty_cache();                       // gives that memory back to the system
 
 // Memory for one call: what the thread's last call took, if that is enough, since fresh pages cost short calls more than the arithmetic.
 class Workspace {

@@ -1,11 +1,13 @@
 // The BCE, focal and Dice operators on CPU tensors: how elements are visited, blocks shared out, sums finished. The arithmetic is in
-// segmentation_kernel.h. Outputs are allocated above; every tensor of a pointwise loss has the shape of the logits.
+// segmentation_kernel.h. Every tensor of a pointwise loss has the shape of the logits.
 #include "segmentation.h"
 
 #include <cmath>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -15,6 +17,8 @@
 #include "levels.h"
 
 namespace minkernels {
+
+using Maybe = std::optional<Tensor>;
 
 static constexpr SegmentationKernels kernels_at[][4] = {LEVELS(segmentation_kernels<float>), WIDE_LEVELS(segmentation_kernels<double>)};
 
@@ -61,7 +65,7 @@ static Walk walk_of(int64_t dims, const Operands& all) {
   return walk;
 }
 
-static void add(Operands& all, Operand& o, const std::optional<Tensor>& t) {
+static void add(Operands& all, Operand& o, const Maybe& t) {
   if (t) all.push_back({&o, &*t});
 }
 
@@ -78,9 +82,8 @@ static double get(const Tensor& t) { return element_type(t) == Element::f64 ? *(
 
 static bool any(const std::vector<char>& flags) { return std::find(flags.begin(), flags.end(), 1) != flags.end(); }
 
-static Pointwise pointwise(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& mask, const std::optional<Tensor>& dloss,
-                           const std::optional<Tensor>& loss, const std::optional<Tensor>& grad) {
+static Pointwise pointwise(const Tensor& input, const Tensor& target, const Maybe& weight, const Maybe& pos_weight, const Maybe& mask,
+                           const Maybe& dloss, const Maybe& loss, const Maybe& grad) {
   Pointwise a;
   Operands all = {{&a.x, &input}, {&a.t, &target}};
   add(all, a.weight, weight), add(all, a.pos_weight, pos_weight), add(all, a.mask, mask);
@@ -96,12 +99,37 @@ static void run_pointwise(const Pointwise& a, const SegmentationKernels& kernels
   run_tasks(tasks, 0, [&](int64_t task, char*) { kernels.pointwise[which](a, task); });
 }
 
-// scale: what the gradient of each element is multiplied by. Returns whether an integer target that counts is neither 0 nor 1.
-static int64_t sigmoid_loss_fwd(Tensor input, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                                std::optional<Tensor> mask, double alpha, double gamma, int64_t reduction, Tensor loss, Tensor scale,
-                                std::optional<Tensor> grad) {
-  bool each = Reduction(reduction) == Reduction::none, mean = Reduction(reduction) == Reduction::mean;
-  Pointwise a = pointwise(input, target, weight, pos_weight, mask, {}, each ? std::optional<Tensor>(loss) : std::nullopt, grad);
+// As check_targets() of segmentation/_targets.py: the first integer target that counts and is neither 0 nor 1.
+[[noreturn]] static void bad_target(const Tensor& target, const Maybe& mask) {
+  std::vector<int64_t> at(target.dim());
+  const auto element = [&](const Tensor& t) {
+    int64_t offset = 0;
+    for (int64_t d = 0; d < t.dim(); d++) offset += at[d] * t.stride(d);
+    const int64_t bytes = t.element_size();
+    const char* p = (const char*)t.data_ptr() + offset * bytes;
+    return bytes == 8 ? *(const int64_t*)p : bytes == 4 ? *(const int32_t*)p : *(const uint8_t*)p;
+  };
+  for (int64_t left = target.numel(); left; left--) {
+    const int64_t label = element(target);
+    if ((label < 0 || label > 1) && (!mask || element(*mask))) {
+      std::string where;
+      for (int64_t i : at) where += (where.empty() ? "" : ", ") + std::to_string(i);
+      throw std::out_of_range("target[" + where + "] is " + std::to_string(label) + ": an integer target is 0 or 1 wherever it counts");
+    }
+    for (int64_t d = target.dim(); d-- > 0 && ++at[d] == target.size(d);) at[d] = 0;
+  }
+  throw std::logic_error("minkernels: a target was out of range, and is not");
+}
+
+// Outputs as sigmoid_loss_outputs() of segmentation/_outputs.py makes them. scale: what the gradient of each element is multiplied by.
+static std::tuple<Tensor, Tensor, Tensor> sigmoid_loss_fwd(Tensor input, Tensor target, Maybe weight, Maybe pos_weight, Maybe mask,
+                                                           double alpha, double gamma, StringHandle reduction, bool with_grad) {
+  using torch::stable::new_empty;
+  const Reduction how = take_reduction(reduction);
+  const bool each = how == Reduction::none, mean = how == Reduction::mean;
+  Tensor loss = each ? wide_empty_like(input) : new_empty(input, {}, wide_dtype(input)), scale = new_empty(input, {}, wide_dtype(input));
+  Tensor grad = with_grad ? minkernels::empty_like(input) : new_empty(input, {0});
+  Pointwise a = pointwise(input, target, weight, pos_weight, mask, {}, each ? Maybe(loss) : Maybe(), with_grad ? Maybe(grad) : Maybe());
   SegmentationKernels kernels = kernels_for(input);
   int64_t tasks = (a.walk.elements + TASK - 1) / TASK, count = a.walk.elements;
   if (mean && mask) {
@@ -114,23 +142,24 @@ static int64_t sigmoid_loss_fwd(Tensor input, Tensor target, std::optional<Tenso
   std::vector<char> bad(tasks);
   a.sums = sums.data(), a.bad = bad.data();
   run_pointwise(a, kernels, tasks);
-  if (any(bad)) return 1;
+  if (any(bad)) bad_target(target, mask);
   double sum = std::accumulate(sums.begin(), sums.end(), 0.0);  // in the order of the tasks
   if (!each) put(loss, mean ? sum / double(count) : sum);
   put(scale, a.factor);
-  return 0;
+  return {loss, scale, grad};
 }
 
-static void sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, std::optional<Tensor> weight, std::optional<Tensor> pos_weight,
-                             std::optional<Tensor> mask, Tensor scale, double alpha, double gamma, Tensor grad) {
+static Tensor sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, Maybe weight, Maybe pos_weight, Maybe mask, Tensor scale,
+                               double alpha, double gamma) {
+  Tensor grad = minkernels::empty_like(input);
   bool each = dloss.dim() == input.dim() && dloss.dim() > 0;
-  Pointwise a = pointwise(input, target, weight, pos_weight, mask, each ? std::optional<Tensor>(dloss) : std::nullopt, {}, grad);
+  Pointwise a = pointwise(input, target, weight, pos_weight, mask, each ? Maybe(dloss) : Maybe(), {}, grad);
   a.alpha = alpha, a.gamma = gamma, a.factor = get(scale) * (each ? 1.0 : get(dloss));
   run_pointwise(a, kernels_for(input), (a.walk.elements + TASK - 1) / TASK);
+  return grad;
 }
 
-static Dice dice(const Tensor& input, const Tensor& target, const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& mask,
-                 bool squared, const std::optional<Tensor>& grad) {
+static Dice dice(const Tensor& input, const Tensor& target, const Maybe& pos_weight, const Maybe& mask, bool squared, const Maybe& grad) {
   Dice a;
   a.N = input.size(0), a.C = input.size(1), a.squared = squared, a.class_map = target.dim() < input.dim();
   Operands all = {{&a.x, &input}, {&a.t, &target}};
@@ -182,9 +211,8 @@ static void finish_dice(const Dice& a, const std::vector<double>& sums, double b
 }
 
 // Returns whether an integer target that counts is neither 0 nor 1, or names no class.
-static int64_t bce_dice_fwd(Tensor input, Tensor target, std::optional<Tensor> pos_weight, std::optional<Tensor> mask, double bce_weight,
-                            double dice_weight, double smooth, bool squared, bool per_image, int64_t reduction, Tensor loss,
-                            Tensor factors) {
+static int64_t bce_dice_fwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, double bce_weight, double dice_weight, double smooth,
+                            bool squared, bool per_image, int64_t reduction, Tensor loss, Tensor factors) {
   Dice a = dice(input, target, pos_weight, mask, squared, {});
   std::vector<double> sums(a.N * a.pieces_of_an_image() * a.C * DICE_SUMS);
   std::vector<char> bad(a.N * a.pieces_of_an_image());
@@ -200,8 +228,7 @@ static int64_t bce_dice_fwd(Tensor input, Tensor target, std::optional<Tensor> p
   return 0;
 }
 
-static void bce_dice_bwd(Tensor input, Tensor target, std::optional<Tensor> pos_weight, std::optional<Tensor> mask, Tensor factors,
-                         bool squared, Tensor grad) {
+static void bce_dice_bwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, Tensor factors, bool squared, Tensor grad) {
   Dice a = dice(input, target, pos_weight, mask, squared, grad);
   a.factors = (const char*)factors.data_ptr(), a.factors_image = factors.dim() == 3 ? a.C * FACTORS : 0;
   SegmentationKernels kernels = kernels_for(input);
@@ -211,12 +238,6 @@ static void bce_dice_bwd(Tensor input, Tensor target, std::optional<Tensor> pos_
 }  // namespace minkernels
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def(
-      "_sigmoid_loss_fwd(Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask, float alpha, float gamma, "
-      "int reduction, Tensor(a!) loss, Tensor(b!) scale, Tensor(c!)? grad) -> int");
-  m.def(
-      "_sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor? pos_weight, Tensor? mask, Tensor scale, "
-      "float alpha, float gamma, Tensor(a!) grad) -> ()");
   m.def(  // pos_weight (C,) float64, and factors (N or nothing, C, 3), contiguous
       "_bce_dice_fwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, float bce_weight, float dice_weight, float smooth, "
       "bool squared, bool per_image, int reduction, Tensor(a!) loss, Tensor(b!) factors) -> int");
@@ -225,8 +246,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
       "-> ()");
 }
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
-  m.impl("_sigmoid_loss_fwd", TORCH_BOX(&minkernels::sigmoid_loss_fwd));
-  m.impl("_sigmoid_loss_bwd", TORCH_BOX(&minkernels::sigmoid_loss_bwd));
+  m.impl("sigmoid_loss_fwd", TORCH_BOX(&minkernels::sigmoid_loss_fwd));
+  m.impl("sigmoid_loss_bwd", TORCH_BOX(&minkernels::sigmoid_loss_bwd));
   m.impl("_bce_dice_fwd", TORCH_BOX(&minkernels::bce_dice_fwd));
   m.impl("_bce_dice_bwd", TORCH_BOX(&minkernels::bce_dice_bwd));
 }

@@ -3,29 +3,14 @@
 import torch
 
 from minkernels._memory import empty_like
-from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
+from minkernels.segmentation._outputs import bce_dice_outputs
 from minkernels.segmentation._targets import check_targets
 
-_sigmoid_loss_fwd = torch.ops.minkernels._sigmoid_loss_fwd.default
-_sigmoid_loss_bwd = torch.ops.minkernels._sigmoid_loss_bwd.default
+sigmoid_loss_fwd = torch.ops.minkernels.sigmoid_loss_fwd.default  # C++ alone
+sigmoid_loss_bwd = torch.ops.minkernels.sigmoid_loss_bwd.default
 _bce_dice_fwd = torch.ops.minkernels._bce_dice_fwd.default
 _bce_dice_bwd = torch.ops.minkernels._bce_dice_bwd.default
 _CODES = {"none": 0, "mean": 1, "sum": 2}  # csrc/ops/cpu/segmentation.cpp
-
-
-def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, reduction, with_grad):
-    loss, scale, grad = sigmoid_loss_outputs(input, reduction, False)
-    grad = empty_like(input) if with_grad else grad
-    tensors = input, target, weight, pos_weight, mask
-    if _sigmoid_loss_fwd(*tensors, alpha, gamma, _CODES[reduction], loss, scale, grad if with_grad else None):
-        check_targets(input, target, mask)
-    return loss, scale, grad
-
-
-def sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma):
-    grad = empty_like(input)
-    _sigmoid_loss_bwd(dloss, input, target, weight, pos_weight, mask, scale, alpha, gamma, grad)
-    return grad
 
 
 def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smooth, squared, per_image, reduction):

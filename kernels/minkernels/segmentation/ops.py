@@ -214,7 +214,7 @@ _sigmoid_loss_fwd = define(
     "bool with_grad) -> (Tensor loss, Tensor scale, Tensor grad)",
     fake=lambda input, *rest: sigmoid_loss_outputs(input, *rest[-2:]),
     reference=reference.sigmoid_loss_fwd,
-    cpu="minkernels.segmentation._cpu:sigmoid_loss_fwd",
+    cpu=None,
     cuda="minkernels.segmentation._triton:sigmoid_loss_fwd",
 )
 _sigmoid_loss_bwd = once_differentiable(
@@ -224,7 +224,7 @@ _sigmoid_loss_bwd = once_differentiable(
         "float gamma) -> Tensor",
         fake=lambda dloss, input, *_: torch.empty_like(input),
         reference=reference.sigmoid_loss_bwd,
-        cpu="minkernels.segmentation._cpu:sigmoid_loss_bwd",
+        cpu=None,
         cuda="minkernels.segmentation._triton:sigmoid_loss_bwd",
     )
 )

@@ -1,6 +1,7 @@
 """How good detections and segmentations are: COCO and Pascal VOC average precision, IoU and Dice. In float64, on the CPU."""
 
 import importlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,6 +174,8 @@ def voc_ap(
     """
     if method not in ("area", "11-point"):
         raise ValueError(f"method must be 'area' or '11-point', got {method!r}")
+    if isinstance(iou_threshold, bool) or not isinstance(iou_threshold, int | float):
+        raise TypeError(f"iou_threshold must be a number, got {iou_threshold!r}")
     if not 0 < iou_threshold <= 1:
         raise ValueError(f"iou_threshold must be in (0, 1], got {iou_threshold!r}")
     scene = boxes.from_arrays(gts, dets, "difficult")
@@ -233,10 +236,15 @@ def segmentation_scores(pred: Iterable, target: Iterable, *, num_classes: int, i
     """
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     pixels = np.zeros((num_classes, 3), np.int64)
     if hasattr(pred, "__len__") and hasattr(target, "__len__") and len(pred) != len(target):
         raise ValueError(f"pred and target must have as many images, got {len(pred)} and {len(target)}")
-    for i, (p, t) in enumerate(zip(pred, target, strict=True)):
+    nothing = object()
+    for i, (p, t) in enumerate(itertools.zip_longest(pred, target, fillvalue=nothing)):
+        if p is nothing or t is nothing:
+            raise ValueError(f"pred and target must have as many images, got {i} and more")
         p, t = boxes._array(p), boxes._array(t)
         if p.shape != t.shape:
             raise ValueError(f"pred[{i}] and target[{i}] must have the same shape, got {p.shape} and {t.shape}")

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -272,6 +273,31 @@ def test_query_without_keys(library):
     assert attention(q, k, v, key_mask=key_mask, return_lse=True)[1][1].isneginf().all()
 
 
+@pytest.mark.parametrize("M", [3, 200])  # both backwards
+@pytest.mark.parametrize("least", [-1e9, -1e30, torch.finfo(torch.float32).min, torch.finfo(torch.float64).min])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_hidden_by_nothing_but_a_large_number(dtype, least, M, levels):
+    """Its scores are equal, as far as anybody can tell: the mean of v. Where it is in no loss it reaches no gradient."""
+    from minkernels.attention import _cpu
+
+    if (dtype == torch.float64) != (abs(least) > 1e300):
+        pytest.skip("it does not fit, or the sum with it is not rounded")
+    q, k, v = make(1, 2, 2, M, M, 8, 8, dtype)
+    bias = torch.zeros(1, 1, M, M, dtype=torch.promote_types(dtype, torch.float32))
+    bias[0, 0, 1] = least
+    do = torch.randn(1, 2, M, 8).to(dtype)
+    do[:, :, 1] = 0
+    options = Options(bias=bias, scale=8**-0.5)
+    runs, close = [("reference", reference), *((level, _cpu) for level in levels)], 1e-2 if dtype.itemsize == 2 else 1e-4
+    for name, backend in runs:
+        o, lse = backend.fwd(q, k, v, *options)
+        torch.testing.assert_close(o[:, :, 1].double(), v.double().mean(2), rtol=0, atol=4 * torch.finfo(dtype).eps, msg=name)
+        grads = backend.bwd(do, None, q, k, v, o, lse, *options, True)
+        plain = backend.bwd(do, None, q, k, v, o, lse, *options._replace(mask=(bias == 0).expand(1, 1, M, M)), True)
+        for grad, expected in zip(grads[:4], plain[:4], strict=True):
+            torch.testing.assert_close(grad, expected, rtol=close, atol=close / 10)
+
+
 def test_agrees_with_sdpa():
     (q, k, v), key_mask = make(2, 4, 4, 30, 40, 16, 16), holes(2, 40)
     key_mask[:, 0] = True
@@ -289,7 +315,9 @@ def test_window_is_drawn_right(library):
     """Against the definition, one query and key at a time."""
     q, k, v = make(2, 1, 1, 7, 10, 8, 10)
     v, lens = torch.eye(10).expand(2, 1, 10, 10), torch.tensor([10, 6])
-    for window, causal in (((2, 1), False), ((None, 0), False), ((3, 5), True), ((1, 1), "top-left"), ((-1, 2), False)):
+    most = sys.maxsize
+    some = ((2, 1), False), ((None, 0), False), ((3, 5), True), ((1, 1), "top-left"), ((-1, 2), False)
+    for window, causal in (*some, ((most, most), False), ((2**70, 1), True)):
         p = attention(q, k, v, window=window, causal=causal, kv_lens=lens)
         for b, i, j in itertools.product(range(2), range(7), range(10)):
             at, n = i + (0 if causal == "top-left" else int(lens[b]) - 7), int(lens[b])

@@ -164,6 +164,7 @@ BAD = {
     "kv_lens type": (dict(kv_lens=T(2)), TypeError, "kv_lens must be a int32 or int64 tensor, got torch.float32"),
     "kv_lens shape": (dict(kv_lens=T(3, dtype=torch.int32)), ValueError, "kv_lens must be (B=2,), got (3,)"),
     "kv_lens high": (dict(kv_lens=torch.tensor([3, 7])), ValueError, "kv_lens must be 0 to N=6, got 7"),
+    "kv_lens of 2**32 + 2": (dict(kv_lens=torch.tensor([3, 2**32 + 2])), ValueError, "kv_lens must be 0 to N=6, got 2147483647"),
     "kv_lens low": (dict(kv_lens=torch.tensor([-1, 2])), ValueError, "kv_lens must be 0 to N=6, got -1"),
     "mask type": (dict(mask=T(5, 6)), TypeError, "mask must be a bool tensor, got torch.float32"),
     "mask shape": (dict(mask=T(4, 6, dtype=torch.bool)), ValueError, "mask must broadcast to (B, H, M, N) = (2, 3, 5, 6), got (4, 6)"),
@@ -198,6 +199,8 @@ BAD_PACKED = {
     "count": (dict(cu_seqlens_k=torch.tensor([0, 5])), ValueError, "cu_seqlens_k must be (3,), at least one, got (2,)"),
     "type": (dict(cu_seqlens_q=[0, 2, 5]), TypeError, "cu_seqlens_q must be a int32 or int64 tensor, got list"),
     "longest": (dict(max_seqlen_k=2), ValueError, "max_seqlen_k is 2, but cu_seqlens_k holds a sequence of 3"),
+    "2**32 + 2": (dict(cu_seqlens_q=torch.tensor([0, 2 + 2**32, 5])), ValueError, "cu_seqlens_q must rise from 0 to 5, the length of q"),
+    "longest of 2**63": (dict(max_seqlen_q=2**63), ValueError, "max_seqlen_q must fit 64 bits"),
     "longest type": (dict(max_seqlen_q=3.0), TypeError, "max_seqlen_q must be an int, got 3.0"),
 }
 

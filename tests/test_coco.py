@@ -159,6 +159,13 @@ BAD = {
     "gt classes": ({"classes": [1.0, 2.0]}, {}, TypeError, "gts[1]['classes'] must hold whole numbers, got float64"),
     "gt too few classes": ({"classes": [1]}, {}, ValueError, "gts[1]['classes'] must have shape (2,), got (1,)"),
     "crowd of 2": ({"crowd": [0, 2]}, {}, ValueError, "gts[1]['crowd'] must be 0 or 1, got 2 in row 1"),
+    "crowd of 256": ({"crowd": np.array([0, 256])}, {}, ValueError, "gts[1]['crowd'] must be 0 or 1, got 256 in row 1"),
+    "crowd of -255": ({"crowd": np.array([-255, 0])}, {}, ValueError, "gts[1]['crowd'] must be 0 or 1, got -255 in row 0"),
+    "class of 2**63": (
+        {"classes": np.array([0, 2**63], np.uint64)}, {}, ValueError, f"gts[1]['classes'] must hold numbers below 2**63, got {2**63}",
+    ),
+    "no boxes": ({}, {"boxes": 3}, ValueError, "dets[1]['boxes'] must have shape (N, 4), got ()"),
+    "ragged boxes": ({}, {"boxes": [[1, 2, 3, 4], [1, 2]]}, ValueError, "dets[1]['boxes'] is no array: "),
     "area inf": ({"area": [np.inf, 1]}, {}, ValueError, "gts[1]['area'] must be finite, got inf in row 0"),
     "unknown": ({"iscrowd": [0, 0]}, {}, ValueError, "gts[1] must have boxes, classes and may have area, crowd; got boxes"),
     "difficult": ({"difficult": [0, 0]}, {}, ValueError, "and may have area, crowd; got"),

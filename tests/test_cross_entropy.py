@@ -219,12 +219,24 @@ def test_an_ignore_index_that_the_labels_cannot_hold(backend, kind, index, libra
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 9, 3), (2, 9, 3, 5), (2, 9, 2, 3, 4), (2, 9, 0), (0, 9, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 5, 4, 4), (9, 5), (9, 200)], ids=["positions", "turned", "rows"])
+@pytest.mark.parametrize("options", [dict(label_smoothing=0.1), dict(weight=torch.zeros(200))], ids=["smoothing", "weights-of-zero"])
+def test_where_nothing_counts_the_gradient_is_zero(options, shape, levels):
+    target = torch.randint(0, 5, (shape[0], *shape[2:])) if "weight" in options else torch.full((shape[0], *shape[2:]), -100)
+    target.view(-1)[0] = -100
+    options = {name: value[: shape[1]] if name == "weight" else value for name, value in options.items()}
+    for level in levels:
+        x = torch.randn(shape).requires_grad_()
+        grads = torch.autograd.grad(cross_entropy(x, target, **options), x)[0].movedim(1, -1).reshape(-1, shape[1])
+        assert (grads[target.reshape(-1) == -100] == 0).all(), level
+
+
+@pytest.mark.parametrize("shape", [(1,), (9,), (4, 9), (2, 9, 3), (2, 9, 3, 5), (2, 9, 2, 3, 4), (2, 9, 0), (0, 9, 2)], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("probs", [False, True], ids=["labels", "probs"])
 def test_shapes(shape, reduction, probs, library):
     x, rows = torch.randn(shape, requires_grad=True), shape[:0] if len(shape) == 1 else (shape[0], *shape[2:])
-    target = torch.rand(shape, requires_grad=True) if probs else torch.randint(0, 9, rows)
+    target = torch.rand(shape, requires_grad=True) if probs else torch.randint(0, shape[min(1, len(shape) - 1)], rows)
     ours, theirs = (f(x, target, reduction=reduction) for f in (cross_entropy, F.cross_entropy))
     torch.testing.assert_close(ours, theirs, equal_nan=True)
     leaves = [x, target] if probs else [x]

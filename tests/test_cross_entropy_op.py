@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from cross_entropy_cases import OPTIONS, REDUCTIONS, grad_of, grads_of, lay_out, make
-from minkernels import cross_entropy, token_logprobs
+from minkernels import cross_entropy, linear_cross_entropy, token_logprobs
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._options import Options
 
@@ -125,12 +125,30 @@ def test_functional_transforms(library):
     torch.testing.assert_close(rows[0], grad_of(lambda x: F.cross_entropy(x, target[:1]), x[:1], torch.ones(()))[0])
 
 
-def test_second_derivative_raises(library):
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_derivative_raises(reduction, library):
     x, target = make(3, 5)
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(cross_entropy(x, target, reduction="none").sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(cross_entropy(x, target, reduction=reduction).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives are not implemented"):
         (dx.sum() + x.sum()).backward()
+
+
+def test_vmap_inside_autograd(library):
+    (x, target), layer = make(6, 9), torch.nn.Linear(9, 9)
+    for loss in (cross_entropy, lambda x, t: linear_cross_entropy(x, torch.eye(9), t)):
+        ours = torch.func.vmap(loss)(layer(x).view(3, 2, 9), target.view(3, 2)).sum()
+        theirs = torch.func.vmap(F.cross_entropy)(layer(x).view(3, 2, 9), target.view(3, 2)).sum()
+        for a, b in zip(*(torch.autograd.grad(loss, layer.weight) for loss in (ours, theirs)), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_batched_upstream_gradients(library):
+    x, target = make(4, 9)
+    x.requires_grad_()
+    losses = (f(x, target) for f in (cross_entropy, F.cross_entropy))
+    ours, theirs = (torch.autograd.grad(loss, x, torch.arange(3.0), is_grads_batched=True)[0] for loss in losses)
+    torch.testing.assert_close(ours, theirs)
 
 
 X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64)

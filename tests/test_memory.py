@@ -49,6 +49,11 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "none", "bce_with_logits", "bce_dice_loss"])
+def test_a_small_gradient_is_like_any_other_tensor(name):
+    grad(name, *make(name, (2, 4, 8, 8))).untyped_storage().resize_(0)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_gradient_lies_where_one_was_and_nowhere_else(name):
     x, target = make(name)

@@ -182,6 +182,9 @@ def test_segmentation_bad_input():
         (([ones > 0], [ones > 0]), {}, ValueError, "pred[0] must be masks of shape (3, ...), got (2, 3)"),
         (([ones > 0], [ones > 0]), {"ignore_index": 255}, ValueError, "ignore_index is for label maps, got 255 and masks"),
         (([ones], [ones]), {"num_classes": 0}, ValueError, "num_classes must be a positive int, got 0"),
+        (([ones], [ones]), {"ignore_index": "0"}, TypeError, "ignore_index must be an int or None, got '0'"),
+        (([ones], [ones]), {"ignore_index": True}, TypeError, "ignore_index must be an int or None, got True"),
+        ((iter([ones]), iter([])), {}, ValueError, "pred and target must have as many images, got 0 and more"),
     ]:
         with pytest.raises(kind, match=re.escape(message)):
             segmentation_scores(*args, **{"num_classes": 3, **options})

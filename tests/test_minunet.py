@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("PIL")  # of the extra "models"
 from importlib.metadata import PackageNotFoundError, distribution
@@ -90,6 +91,16 @@ def test_a_folder_of_images_and_masks(tmp_path):
     binary = masks.load(tmp_path / "images", tmp_path / "masks", 1)
     assert {tuple(np.unique(e.mask)) for e in binary.train} == {(0, 1)} and binary.sha256 != data.sha256
     assert masks.load(tmp_path / "images", tmp_path / "masks", 3).sha256 == data.sha256
+
+
+def test_of_one_class_any_colour_but_black_is_the_foreground(tmp_path):
+    squares(tmp_path, 2)
+    size = Image.open(tmp_path / "masks" / "0.png").size
+    for mode, black, dark in (("RGB", (0, 0, 0), (0, 0, 1)), ("RGBA", (0, 0, 0, 255), (1, 0, 0, 255)), ("LA", (0, 255), (1, 255))):
+        mask = Image.new(mode, size, black)
+        mask.putpixel((1, 2), dark)
+        mask.save(tmp_path / "masks" / "0.png")
+        assert np.argwhere(masks.load(tmp_path / "images", tmp_path / "masks", 1).train[0].mask).tolist() == [[2, 1]]
 
 
 @pytest.mark.parametrize("crop", [16, 64], ids=["inside", "larger-than-the-image"])

@@ -62,7 +62,7 @@ BAD = {
     "padded scores": (lambda: nms_padded(B, S[:1], **PADDED), ValueError, r"scores must be \(2, 5\) .* got \(1, 5\)"),
     "idxs": (lambda: batched_nms(B[0], S[0], C, 0.5), ValueError, r"idxs must be \(5,\) .* got \(2, 5\)"),
     "class_ids": (lambda: nms_padded(B, S, class_ids=C[0], **PADDED), ValueError, r"class_ids must be \(2, 5\) .* got \(5,\)"),
-    "float idxs": (lambda: batched_nms(B[0], S[0], S[0], 0.5), TypeError, "idxs must be of an integer dtype, got torch.float32"),
+    "float idxs": (lambda: batched_nms(B[0], S[0], S[0], 0.5), TypeError, "idxs must be int64, .* got torch.float32"),
     "integer boxes": (lambda: nms(C[0, :, None].expand(5, 4), S[0], 0.5), TypeError, "boxes must be float16, .* got torch.int64"),
     "integer scores": (lambda: nms(B[0], C[0], 0.5), TypeError, "scores must be float16, .* got torch.int64"),
     "a list": (lambda: nms(B[0].tolist(), S[0], 0.5), TypeError, "boxes must be a tensor, got list"),
@@ -77,6 +77,9 @@ BAD = {
     "a tensor": (lambda: nms(B[0], S[0], torch.tensor(0.5)), TypeError, "iou_threshold must be a number"),
     "score_threshold": (lambda: nms_padded(B, S, score_threshold=NAN, **PADDED), ValueError, "score_threshold must be finite, got nan"),
     "no output": (lambda: nms_padded(B, S, iou_threshold=0.5, max_output=0), ValueError, "max_output must be at least 1, got 0"),
+    "2**63 boxes": (lambda: nms_padded(B, S, iou_threshold=0.5, max_output=2**63), ValueError, "max_output must fit 64 bits"),
+    "score 10**400": (lambda: nms_padded(B, S, score_threshold=10**400, **PADDED), ValueError, "score_threshold must fit a float"),
+    "suppressor": (lambda: nms_padded(B, S, return_suppressor="no", **PADDED), TypeError, "return_suppressor must be a bool, got 'no'"),
     "half a box": (lambda: nms_padded(B, S, iou_threshold=0.5, max_output=2.5), TypeError, "max_output must be an int, got 2.5"),
     "too many": (
         lambda: nms(torch.zeros(1, 4).expand(2**31, 4), torch.zeros(1).expand(2**31), 0.5), ValueError, r"fewer than 2\*\*31 an image",

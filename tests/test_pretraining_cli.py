@@ -166,6 +166,7 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
 FILES = {
     "missing": ("classification", None, r"cannot read .*x\.tsv: No such file or directory"),
     "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1,"),
+    "after an empty line": ("classification", ["", "a\tone\x85line", "b"], r"x\.tsv, line 3: classification has 2 fields"),
     "empty text": ("entailment", ["a\ttext\t "] * 10, r"x\.tsv, line 1: entailment has 3 fields, split at tabs, got 3, or"),
     "one class": ("classification", ["a\ttext"] * 10, r"x\.tsv has one class, 'a': there is nothing to tell apart"),
     "few": ("classification", ["a\ttext", "b\ttext"], r"x\.tsv is too short: a tenth is held out, and it has 2 examples"),

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
+INTEGER_NAMES = "int64, int32, int16, int8 or uint8"
 REDUCTIONS = "none", "mean", "sum"
 
 
@@ -16,11 +18,15 @@ def check_number(name: str, x):
         raise TypeError(f"{name} must be a number, got {x!r}")
     if not -math.inf < x < math.inf:  # not isfinite(): torch.compile cannot trace it on a dynamic float
         raise ValueError(f"{name} must be finite, got {x}")
+    if type(x) is int and not -(2**1023) < x < 2**1023:
+        raise ValueError(f"{name} must fit a float, got an int of {x.bit_length()} bits")
 
 
 def check_int(name: str, x):
     if type(x) is not int and (isinstance(x, bool) or not isinstance(x, int | torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {x!r}")
+    if type(x) is int and not -(2**63) <= x < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got an int of {x.bit_length() + 1}")
 
 
 def check_tensor(name: str, t):

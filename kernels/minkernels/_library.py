@@ -81,7 +81,7 @@ _flops = _FlopFormulas()
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see this call; forward-mode AD (torch.func.jvp) does not show in requires_grad."""
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # vmap hides what its tensors are made from
         return True
     if torch.is_grad_enabled():
         for t in tensors:  # any() of a generator takes three times as long

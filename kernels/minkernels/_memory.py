@@ -5,12 +5,10 @@ from torch import Tensor
 
 from minkernels._library import cpp_missing
 
-LARGE = 16 << 20  # bytes: less than that malloc keeps itself
-
 
 def empty_like(x: Tensor) -> Tensor:
     """torch.empty_like(x); a large one where an earlier one lay."""
-    return torch.ops.minkernels._empty_like.default(x) if x.nbytes >= LARGE else torch.empty_like(x)
+    return torch.ops.minkernels._empty_like.default(x)
 
 
 def empty_cache() -> None:

@@ -51,7 +51,7 @@ def from_arrays(gts: Sequence[Mapping], dets: Sequence[Mapping], flag: str, *mor
     ids = [images.column("classes", "iu", np.int64) for images in (truth, found)]
     classes, category = np.unique(np.concatenate(ids), return_inverse=True)
     category = np.split(category.astype(np.int32), [len(ids[0])])
-    flags = truth.optional(flag, "bui", np.uint8)
+    flags = truth.optional(flag, "bui", np.int64)
     classes = tuple(classes.tolist())
     return Scene(
         Columns(truth.boxes(), truth.image(), category[0], area=truth.optional("area", "fiu", np.float64), flag=flags),
@@ -73,7 +73,17 @@ class _Images:
             if not needed <= item.keys() <= needed | optional:
                 known = ", ".join(sorted(needed)) + (f" and may have {', '.join(sorted(optional))}" if optional else "")
                 raise ValueError(f"{name}[{i}] must have {known}; got {', '.join(map(str, item))}")
-        self.counts = [len(item["boxes"]) for item in items]
+        self.arrays = [{key: self._array(i, key, x) for key, x in item.items()} for i, item in enumerate(items)]
+        for i, arrays in enumerate(self.arrays):
+            if arrays["boxes"].ndim == 0:
+                raise ValueError(f"{name}[{i}]['boxes'] must have shape (N, 4), got ()")
+        self.counts = [len(arrays["boxes"]) for arrays in self.arrays]
+
+    def _array(self, i: int, key: str, x) -> np.ndarray:
+        try:
+            return _array(x)
+        except (TypeError, ValueError) as error:  # of ragged rows, say
+            raise ValueError(f"{self.name}[{i}][{key!r}] is no array: {error}") from error
 
     def image(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.items), dtype=np.int32), self.counts)
@@ -88,18 +98,23 @@ class _Images:
         if not all(having):
             raise ValueError(f"{key!r} must be in all {self.name} or in none: {self.name}[{having.index(False)}] lacks it")
         column = self.column(key, kinds, dtype)
-        if dtype is np.uint8 and column.max(initial=0) > 1:
-            self._fail(int(np.argmax(column > 1)), key, "must be 0 or 1")
-        return column
+        if dtype is not np.int64:
+            return column
+        wrong = (column < 0) | (column > 1)  # a flag
+        if wrong.any():
+            self._fail(int(np.argmax(wrong)), key, "must be 0 or 1")
+        return column.astype(np.uint8)
 
     def column(self, key: str, kinds: str, dtype, shape: tuple = ()) -> np.ndarray:
         """One column of all images, dtype; kinds: the letters of the dtypes that may become it."""
-        arrays = [_array(item[key]) for item in self.items]
+        arrays = [arrays[key] for arrays in self.arrays]
         for i, (array, count) in enumerate(zip(arrays, self.counts, strict=True)):
             if array.shape != (count, *shape) and (count or array.size):  # without boxes, [] will do
                 raise ValueError(f"{self.name}[{i}][{key!r}] must have shape {(count, *shape)}, got {array.shape}")
             if array.dtype.kind not in kinds and array.size:
                 raise TypeError(f"{self.name}[{i}][{key!r}] must hold {'whole ' * ('f' not in kinds)}numbers, got {array.dtype}")
+            if dtype is np.int64 and array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+                raise ValueError(f"{self.name}[{i}][{key!r}] must hold numbers below 2**63, got {array.max()}")
         parts = [array.reshape(count, *shape) for array, count in zip(arrays, self.counts, strict=True)]
         column = np.concatenate([np.empty((0, *shape), dtype), *parts], dtype=dtype, casting="unsafe")
         if dtype is np.float64 and not np.isfinite(column).all():
@@ -109,7 +124,7 @@ class _Images:
     def _fail(self, row: int, key: str, reason: str):
         image = int(np.searchsorted(np.cumsum(self.counts), row, "right"))
         row -= sum(self.counts[:image])
-        raise ValueError(f"{self.name}[{image}][{key!r}] {reason}, got {_array(self.items[image][key])[row]} in row {row}")
+        raise ValueError(f"{self.name}[{image}][{key!r}] {reason}, got {self.arrays[image][key][row]} in row {row}")
 
 
 def _array(x) -> np.ndarray:

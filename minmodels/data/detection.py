@@ -90,17 +90,19 @@ def coco(file: str, folder: str, side: int, skip_corrupt: bool = False) -> Scene
 
 def yolo(folder: str, side: int, skip_corrupt: bool = False) -> Scenes:
     """folder/images/NAME.jpg with folder/labels/NAME.txt, which has a line an object: class x y w h, the centre and size as parts of the
-    image; without that file the image has no object. folder/classes.txt, if there, has the classes' names. Raises UserError."""
+    image; without that file the image has no object. folder/classes.txt, if there, names a class on each line. Raises UserError."""
     pictures, listed = Path(folder, "images"), Path(folder, "classes.txt")
     paths, names = images.listed(pictures), None
     if listed.exists():
-        names = tuple(line.strip() for line in _text(listed).splitlines() if line.strip())
+        names = tuple(line.strip() for line in _text(listed).rstrip().split("\n"))
+        if "" in names:
+            raise UserError(f"{listed}, line {names.index('') + 1} is empty: each line names a class, the first one class 0")
     most = 0
 
     def scene(path: Path) -> Scene:
         nonlocal most
         labels = Path(folder, "labels", path.relative_to(pictures)).with_suffix(".txt")
-        rows = [line.split() for line in (_text(labels).splitlines() if labels.exists() else [])]
+        rows = [line.split() for line in (_text(labels).split("\n") if labels.exists() else [])]
         where = [f"{labels}, line {i}" for i, row in enumerate(rows, 1) if row]
         rows = [_numbers(row, line) for row, line in zip(filter(None, rows), where, strict=True)]
         classes = np.array([int(row[0]) for row in rows], np.int64)

@@ -106,7 +106,10 @@ def sample(examples: list[Example], channels: int, batch: int, crop: int, genera
 
 
 def _mask(path: Path, classes: int) -> np.ndarray:
-    mask = images.opened(path, lambda image: image.convert("L") if classes == 1 and image.mode not in (*images.GRAY, "P", "1") else image)
+    flat = *images.GRAY, "P", "1"
+    mask = images.opened(path, lambda image: image.convert("RGB") if classes == 1 and image.mode not in flat else image)
+    if classes == 1 and mask.ndim == 3:
+        mask = mask.any(2)  # of the channels: a gray would round what is dark to 0
     if mask.ndim != 2:
         raise UserError(f"{path} is in colour: a mask of {classes} classes has one number a pixel")
     if classes == 1:

@@ -114,9 +114,11 @@ def _next(documents, seen, rng):
 def _read(kind, path):
     """A line an example, split at tabs: its class and its text or texts; of "choice" the number of the right answer from 0 on, the context
     and the answers. The last tenth is held out."""
-    lines = [line.split("\t") for line in "".join(textdata.read(path)[1:]).splitlines() if line.strip()]
+    rows = enumerate("".join(textdata.read(path)[1:]).split("\n"), 1)  # splitlines() knows other ends of lines, too
+    rows = {number: line.split("\t") for number, line in rows if line.strip()}
+    lines = list(rows.values())
     width = {"classification": 2, "choice": max(4, len(lines[0]))}.get(kind, 3)
-    for number, fields in enumerate(lines, 1):
+    for number, fields in rows.items():
         if len(fields) != width or not all(f.strip() for f in fields):
             raise UserError(f"{path}, line {number}: {kind} has {width} fields, split at tabs, got {len(fields)}, or an empty one")
         if kind == "choice" and not (fields[0].isdecimal() and int(fields[0]) < width - 2):

@@ -92,7 +92,7 @@ static void sinks_grad(const Attention& a, const Item& item, char*) {
   for (int64_t b = 0; b < a.B; b++)
     for (int64_t i = 0; i < a.M; i++) {
       const double lse = double(((const lse_t<T>*)a.lse)[(b * a.H + item.head) * a.M + i]);
-      if (lse != -__builtin_inf()) sum -= __builtin_exp(sink - lse) * double(delta_of<T>(a, b, item.head, i));
+      if (lse != -__builtin_inf()) sum -= __builtin_exp(sink < lse ? sink - lse : 0) * double(delta_of<T>(a, b, item.head, i));
     }
   ((A*)a.dsinks)[item.head] = A(sum);
 }
@@ -183,10 +183,12 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
     vec<A> score = load(x + j) * in, slope = splat(A(1)), dp = load(y + j);
     if (cap) score = tanh(score), slope -= score * score;
     score *= out;
-    if (a.bias.data) score += load(bias + j) * A(LOG2E);
+    if (a.bias.data) score += load(bias + j);
     auto seen = seen_columns(row, j);
     if (a.mask.data) seen &= load(shown + j);
-    vec<A> p = where<A>(seen, exp2(score - splat(row.lse) - splat(row.lse_rest)));
+    vec<A> log_p = score - splat(row.lse) - splat(row.lse_rest);
+    if (a.bias.data) log_p = log_p > 0 ? vec<A>{} : log_p;  // an lse of -1e9 in fp32 may be off by 64
+    vec<A> p = where<A>(seen, exp2(log_p));
     vec<A> kept = drop ? load(z + j) : splat(A(1));
     vec<A> ds = where<A>(seen, p * (dp * kept - splat(row.delta)));
     store(dbias + j, ds), sum += ds;

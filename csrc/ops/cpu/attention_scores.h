@@ -41,9 +41,14 @@ INLINE void for_row(const View& x, const Sequence& s, int64_t h, int64_t i, int6
     for (int64_t j = 0; j < keys; j++) f(j, row + j0 + j);
 }
 
+// In log2 units. What is finite stays so, and with it a row that is hidden by nothing but the least of numbers.
 template <class A>
 INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
-  auto read = [&](int64_t j, const auto* from) { to[j] = A(widen(*from)); };
+  constexpr A least = same<A, double> ? A(-0x1p1022) : A(-0x1p126);
+  auto read = [&](int64_t j, const auto* from) {
+    const A bias = A(widen(*from)), scaled = bias * A(LOG2E);
+    to[j] = scaled < least && bias > -__builtin_inf() ? least : scaled;
+  };
   switch (a.bias_dtype) {
     case Dtype::f16: return for_row<const half>(a.bias, s, h, i, j0, keys, read);
     case Dtype::bf16: return for_row<const bfloat16>(a.bias, s, h, i, j0, keys, read);
@@ -64,7 +69,7 @@ static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t 
   if (a.bias.data) {
     A bias[2 * PACKED_KEYS];  // of the longest step; what lies beyond its keys is not seen
     bias_row(a, s, h, i, j0, keys, bias);
-    for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j) * A(LOG2E));
+    for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j));
   }
   if (a.mask.data)
     for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { row[j] = *seen ? row[j] : -__builtin_inf(); });

@@ -155,8 +155,8 @@ static double finish_positions(const Softmax& a, Tile<A>& x, int64_t row, int64_
     if (weighs_all(a)) loss += S * (T * log_d + load(x.U + i)), total += S * T;
     if (a.z_loss != 0) loss += A(a.z_loss) * w * lse * lse, total += A(2 * a.z_loss) * w * lse;
     loss = on > 0 ? loss : vec<A>{};
-    store(x.P + i, on > 0 ? total * A(a.factor) / load(x.d + i) : vec<A>{});
-    store(x.H + i, sure_w * A(a.factor)), store(x.S + i, S * A(a.factor));
+    const auto of_those = [&](vec<A> v) { return on > 0 ? v * A(a.factor) : vec<A>{}; };  // it is inf where nothing counts
+    store(x.P + i, of_those(total / load(x.d + i))), store(x.H + i, of_those(sure_w)), store(x.S + i, of_those(S));
     store(x.U + i, loss);
   }
   double parts[L] = {};

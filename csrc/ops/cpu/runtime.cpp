@@ -168,6 +168,7 @@ void empty_cache() { kept().clear(); }
 Tensor empty_like(const Tensor& x) {
   Tensor like = torch::stable::empty_like(x);  // for its strides: nothing touches its pages
   const size_t bytes = size_t(like.numel() * like.element_size());
+  if (bytes < 16 << 20) return like;
   Kept::Block block;
   try {
     block = kept().take(bytes);

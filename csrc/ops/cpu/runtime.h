@@ -38,7 +38,7 @@ using Memory = std::unique_ptr<char, Free>;
 Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
 
 // Like x, uninitialised, where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the system zeroes fresh
-// pages, which takes longer than most kernels take to fill them. For large ones: others malloc keeps itself (_memory.py).
+// pages, which takes longer than most kernels take to fill them. Of less than 16 MB a fresh one: those malloc keeps itself.
 Tensor empty_like(const Tensor& x);
 Tensor wide_empty_like(const Tensor& x);  // uninitialised, of wide_dtype(x)
 void empty_cache();                       // gives that memory back to the system

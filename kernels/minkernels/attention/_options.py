@@ -71,7 +71,7 @@ def row_deltas(do, o, dlse, dtype):
 
 def sinks_grad(delta, lse, sinks):
     """-sum(p_sink * delta): a sink is a key whose value is 0, so only lse knows it."""
-    p = (sinks[:, None] - lse).exp().masked_fill(lse == float("-inf"), 0.0)
+    p = (sinks[:, None] - lse).clamp(max=0).exp().masked_fill(lse == float("-inf"), 0.0)
     return -(p * delta).sum((0, 2)).to(sinks.dtype)
 
 

@@ -28,12 +28,12 @@ from minkernels.attention._triton_common import (
 
 
 @triton.jit
-def _probs(s, lse2, rest):
+def _probs(s, lse2, rest, bias):
     """exp2(s - lse). lse2: lse in log2 units; rest: what it lacks for want of fp32 digits, or None."""
-    if rest is None:
-        return tl.exp2(s - lse2)
-    else:
-        return tl.exp2((s - lse2) - rest)
+    log_p = s - lse2 if rest is None else (s - lse2) - rest
+    if bias is not None:
+        log_p = tl.where(log_p > 0, 0.0, log_p)  # an lse of -1e9 in fp32 may be off by 64
+    return tl.exp2(log_p)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _dq_kernel(
             if Bias is not None:
                 bias = load_tile(Bias + at(offs_m, offs_n, bias_strides), mask_m, mask_n).to(tl.float32)
             s, slope = scores(dot_rows(q, k), scale_log2, cap_log2, bias)
-            p = _probs(s, lse2[:, None], rest)
+            p = _probs(s, lse2[:, None], rest, bias)
             dp = dot_rows(do, load(V, offs_n, v_strides, mask_n, VDIMS))
             if Seed is not None:
                 dp = tl.where(kept(Seed, drop, bh, offs_m, n, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
@@ -210,7 +210,7 @@ def _dkdv_kernel(
                 turned = bias_strides[0], bias_strides[1], bias_strides[3], bias_strides[2]
                 bias = load_tile(Bias + g * bias_strides[1] + at(offs_n, offs_m, turned), mask_n, mask_m).to(tl.float32)
             s, slope = scores(dot_rows(k, q), scale_log2, cap_log2, bias)
-            p = _probs(s, tl.load(LSE2 + at_stats)[None, :], None if Rest is None else tl.load(Rest + at_stats)[None, :])
+            p = _probs(s, tl.load(LSE2 + at_stats)[None, :], None if Rest is None else tl.load(Rest + at_stats)[None, :], bias)
             if EDGE and right is not None:
                 p = tl.where((offs_n - (off + right))[:, None] <= offs_m[None, :], p, 0.0)
             if EDGE and left is not None:
@@ -278,7 +278,7 @@ def _dbias_kernel(
             bias = load_tile(head(Bias, b, h, 0, bias_strides) + at(offs_m, offs_n, bias_strides), mask_m, seen).to(tl.float32)
             s = scores(s, scale_log2, cap_log2, bias)[0]
             rest = None if Rest is None else tl.load(Rest + at_stats, mask=mask_m, other=0.0)[:, None]
-            p = _probs(s, tl.load(LSE2 + at_stats, mask=mask_m, other=2.0**127)[:, None], rest)
+            p = _probs(s, tl.load(LSE2 + at_stats, mask=mask_m, other=2.0**127)[:, None], rest, bias)
             if Seed is not None:
                 dp = tl.where(kept(Seed, drop, b * H + h, offs_m, n, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
             keep = mask_m[:, None] & seen[None, :]

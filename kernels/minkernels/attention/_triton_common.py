@@ -7,7 +7,7 @@ A tile that is as wide as a head dim is a tuple of one or two, since tl.dot take
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import LOG2E, tanh
+from minkernels._triton_math import INF, LOG2E, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 SIZES = [  # any value runs the same code: one compilation for all
@@ -161,6 +161,9 @@ def add_dot(acc, p, x):
         return _dot(p, x[0], acc[0]), _dot(p, x[1], acc[1])
 
 
+LEAST = tl.constexpr(-(2.0**126))  # of a bias that is finite, in log2 units
+
+
 @triton.jit
 def scores(s, scale_log2, cap_log2, bias):
     """q @ k.T in log2 units, after softcap and bias, and the slope of the cap. If cap_log2 is the cap in log2 units, scale_log2
@@ -172,7 +175,8 @@ def scores(s, scale_log2, cap_log2, bias):
         s = t * cap_log2
         slope = 1.0 - t * t
     if bias is not None:
-        s += bias * LOG2E
+        scaled = bias * LOG2E
+        s += tl.where((scaled < LEAST) & (bias > -INF), LEAST, scaled)  # what is finite stays so
     return s, slope
 
 

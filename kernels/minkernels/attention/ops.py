@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minkernels._checks import FLOATS, check_number, check_tensor
+from minkernels._checks import FLOATS, check_int, check_number, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.attention import reference
 from minkernels.attention._options import SCHEMA, Options, check_lengths, grads_like, like, lse_like
@@ -96,12 +96,11 @@ def attention_varlen(
     for name, cu, longest in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
         count = cu_seqlens_q.numel() if isinstance(cu_seqlens_q, Tensor) else 0
         _check_tensor(f"cu_seqlens_{name}", cu, (max(count, 1),), "({},), at least one", (torch.int32, torch.int64), q)
-        if isinstance(longest, bool | Tensor) or not isinstance(longest, int | torch.SymInt):
-            raise TypeError(f"max_seqlen_{name} must be an int, got {longest!r}")
+        check_int(f"max_seqlen_{name}", longest)
         if longest < 0:
             raise ValueError(f"max_seqlen_{name} must not be negative, got {longest}")
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    packed = cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), max_seqlen_q, max_seqlen_k
+    packed = _int32(cu_seqlens_q), _int32(cu_seqlens_k), max_seqlen_q, max_seqlen_k
     result = _attend(q, k, v, return_lse, _lower(q, causal, window, softcap, sinks, scale, dropout_p, None, None, None, None, *packed))
     return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
 
@@ -130,7 +129,7 @@ def _lower(
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or _is_int(n) for n in window):
             raise TypeError(f"window must be two ints or None, (left, right), got {window!r}")
-        left, right = (None if n is None or n < 0 else n for n in window)
+        left, right = (None if n is None or n < 0 or (type(n) is int and n >= 2**31) else n for n in window)
     if scale is not None:
         check_number("scale", scale)
     if softcap is not None:
@@ -146,7 +145,7 @@ def _lower(
         sinks = sinks.to(torch.promote_types(q.dtype, torch.float32)).contiguous()
     seed = torch.randint(2**62, (), device=q.device) if dropout_p else None
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    softcap = 0.0 if softcap is None else float(softcap)
+    softcap = 0.0 if softcap is None else min(float(softcap), 1e30)  # as good as none, and finite in log2 units
     return Options(
         bias, sinks, key_mask, kv_lens, mask, cu_seqlens_q, cu_seqlens_k, seed, left, 0 if causal else right, causal == "top-left",
         scale, softcap, float(dropout_p), max_seqlen_q, max_seqlen_k,
@@ -159,7 +158,7 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
         _check_tensor("key_mask", key_mask, (B, N), "(B={}, N={})", (torch.bool,), q)
     if kv_lens is not None:
         _check_tensor("kv_lens", kv_lens, (B,), "(B={},)", (torch.int32, torch.int64), q)
-        kv_lens = kv_lens.to(torch.int32)
+        kv_lens = _int32(kv_lens)
     if mask is not None:
         mask = _four(mask, "mask", (torch.bool,), (B, H, M, N), q)
         if mask.shape[1:3] == (1, 1):  # nothing but keys: those hidden are skipped, not computed and masked
@@ -214,6 +213,11 @@ def _four(t, name, dtypes, full, q):
         if i == 4 or (n != 1 and n != full[i]):
             raise ValueError(f"{name} must broadcast to (B, H, M, N) = {tuple(full)}, got {tuple(t.shape)}")
     return t.reshape(shape) if t.dim() < 4 else t
+
+
+def _int32(lengths):
+    """What does not fit stays too large, or negative: it is found where lengths are looked at."""
+    return lengths if lengths.dtype == torch.int32 else lengths.clamp(-1, 2**31 - 1).to(torch.int32)
 
 
 def _is_int(n):

@@ -9,10 +9,9 @@ def fwd(q, k, v, *options):
     x = Options(*options)
     _check_values(q, k, x)
     s, _, p_drop = _scores(q, _heads(k, q, x), x)
-    all_s = s if x.sinks is None else torch.cat([s, x.sinks[:, None, None].to(s.dtype).expand(*s.shape[:3], 1)], -1)
-    lse = all_s.logsumexp(-1)
+    p, lse = _probs(s, x)
     v = _heads(v, q, x)
-    return like(q, v.shape[-1]).copy_(_probs(s, lse) * p_drop @ v.to(s.dtype)), lse_like(q).copy_(lse)
+    return like(q, v.shape[-1]).copy_(p * p_drop @ v.to(s.dtype)), lse_like(q).copy_(lse)
 
 
 def bwd(do, dlse, q, k, v, o, lse, *options):
@@ -20,7 +19,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     x, group = Options(*options), q.shape[1] // k.shape[1]
     k_, v_ = _heads(k, q, x), _heads(v, q, x)
     s, slope, p_drop = _scores(q, k_, x)
-    p = _probs(s, lse.to(s.dtype))
+    p, _ = _probs(s, x)
     do_, o_, q_, k_, v_ = (t.to(p.dtype) for t in (do, o, q, k_, v_))
     delta = row_deltas(do_, o_, dlse, p.dtype)  # do . o equals (p * dp).sum(-1), without the M x N dp
     ds = p * (p_drop * (do_ @ v_.mT) - delta[..., None])
@@ -90,8 +89,11 @@ def _heads(t, q, x):
     return t.repeat_interleave(q.shape[1] // t.shape[1], 1)
 
 
-def _probs(s, lse):
-    return (s - lse[..., None]).exp().masked_fill(lse[..., None] == float("-inf"), 0.0)  # a query that sees no key: p = 0
+def _probs(s, x):
+    """The softmax of s, in which sinks take part, 0 for a query that sees no key; and lse."""
+    all_s = s if x.sinks is None else torch.cat([s, x.sinks[:, None, None].to(s.dtype).expand(*s.shape[:3], 1)], -1)
+    lse = all_s.logsumexp(-1)
+    return all_s.softmax(-1)[..., : s.shape[-1]].masked_fill(lse[..., None] == float("-inf"), 0.0), lse
 
 
 def _kept(q, k, x):

@@ -6,12 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minkernels._checks import FLOATS, check_floats, check_number, check_reduction, check_tensor
+from minkernels._checks import FLOATS, INTEGER_NAMES, INTEGERS, check_floats, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.boxes import reference
 from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
 
-INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 KINDS = "iou", "giou", "diou", "ciou"
 FORMATS = "xyxy", "xywh", "cxcywh"
 
@@ -29,8 +28,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, *, fmt: str = "xyxy") -> Tensor:
 
     Shapes: N and M boxes, leading dimensions "..." that broadcast.
     Args:
-        boxes1: (..., N, 4), boxes2: (..., M, 4): float16, bfloat16, float32, float64 (CPU only), or an integer dtype; any unit, any
-            strides, both of one dtype and on one device. Never changed.
+        boxes1: (..., N, 4), boxes2: (..., M, 4): float16, bfloat16, float32, float64 (CPU only), int64, int32, int16, int8 or uint8;
+            any unit, any strides, both of one dtype and on one device. Never changed.
         fmt: "xyxy" (two corners), "xywh" (corner, width, height) or "cxcywh" (centre, width, height). Boxes of the last two are
             turned into corners first, and all else follows from these.
     Returns: (..., N, M), contiguous; float64 for float64 boxes, else float32, as in torchvision: a 16-bit IoU could not be compared with a
@@ -144,7 +143,7 @@ def _two_sets(name1, boxes1, name2, boxes2, fmt):
         check_tensor(name, t)
         if t.dtype not in INTEGERS:
             if t.dtype not in FLOATS:
-                raise TypeError(f"{name} must be a float or integer tensor, got {t.dtype}")
+                raise TypeError(f"{name} must be float16, bfloat16, float32, float64, {INTEGER_NAMES}, got {t.dtype}")
             check_floats(name, t)
         if t.dim() < 2 or t.shape[-1] != 4:
             raise ValueError(f"{name} must be (..., number of boxes, 4), got {tuple(t.shape)}")

@@ -92,7 +92,7 @@ def cross_entropy(
     except IndexError:  # of the labels as the kernels see them; the caller's are to be named
         check_labels(target, classes_in_all(input.shape[min(1, input.dim() - 1)], group), x.ignore_index)
         raise
-    return loss if reduction != "none" or loss.shape == target.shape else loss.reshape(_classes_out(input))
+    return loss.reshape(_classes_out(input)) if reduction == "none" and input.dim() != 2 else loss
 
 
 def token_logprobs(
@@ -299,9 +299,17 @@ scale_ = define(
 )
 
 
+def may_hand_out(dloss: Tensor) -> bool:
+    """Whether a backward may give the gradient that the forward has written: not where a derivative of it is wanted, which would be
+    taken for 0, and not where there are many upstream gradients at once."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(dloss)  # of autograd.grad(is_grads_batched=True)
+
+
 def scale(grad: Tensor, dloss: Tensor):
     """grad *= dloss, in place. That dloss is 1 is seen here if it may be: to call an operator takes longer than a small loss."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack()
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if not (type(dloss) is Tensor and dloss.is_cpu and not traced and dloss.item() == 1):
         scale_(grad, dloss)
 
@@ -327,8 +335,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _dstats, _dgrad):
         if dloss is None:
             return (None,) * 11
-        dtarget, (grad, ctx.grad) = None, (ctx.grad, None)  # handed out once: a later backward recomputes, and changes nothing given before
-        if grad is not None:
+        dtarget = grad = None
+        if ctx.grad is not None and may_hand_out(dloss):  # once: a later backward recomputes, and changes nothing given before
+            grad, ctx.grad = ctx.grad, None
             scale(grad, dloss)
         else:
             input, target, weight, stats = ctx.saved_tensors

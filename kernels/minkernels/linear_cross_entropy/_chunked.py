@@ -11,7 +11,7 @@ class Chunks:
 
     def __init__(self, kernels, input, linear_weight, linear_bias, memory_budget):
         self.input, self.classes = input, linear_weight.shape[:-1]
-        self.weight = linear_weight.reshape(-1, linear_weight.shape[-1])
+        self.weight = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.reshape(-1)
         row_bytes = len(self.weight) * input.element_size()
         most = max(1, memory_budget // row_bytes if memory_budget else max(kernels.CHUNK_BYTES // row_bytes, kernels.CHUNK_ROWS))
@@ -49,13 +49,13 @@ class Gradients:
         if self.dbias is not None:
             self.dbias += grad.sum(0, dtype=self.dbias.dtype)
 
-    def result(self, kept, N):
-        """Without elements where none was wanted."""
+    def result(self, kept, input):
+        """Without elements where none was wanted. input: with the rows that are not kept."""
         if self.sum is not None:
             self.sum.finish()
-        if self.dinput is not None:
-            self.dinput = expand(self.dinput, kept, N)
-        dbias = None if self.dbias is None else self.dbias.view(self.like.shape).to(self.like.dtype)
+        if self.dinput is not None and kept is not None:
+            self.dinput = torch.zeros_like(input).index_copy_(0, kept, self.dinput)
+        dbias = None if self.dbias is None else torch.empty_like(self.like).copy_(self.dbias.view(self.like.shape))
         return tuple(self.chunks.input.new_empty(0) if t is None else t for t in (self.dinput, self.dweight, dbias))
 
 
@@ -64,7 +64,7 @@ def fwd(kernels, input, linear_weight, target, linear_bias, weight, *options):
     x, V, N = Options(*x), len(linear_weight), len(input)
     kernels.check_labels(target, V, x.ignore_index)
     total = weighted(divisor(target, V, weight, x.ignore_index, accumulator(input)), empty_zero)
-    kept, (input, target) = kernels.compact(target, x.ignore_index, input, target)
+    all_input, (kept, (input, target)) = input, kernels.compact(target, x.ignore_index, input, target)
     chunks = Chunks(kernels, input, linear_weight, linear_bias, memory_budget)
     grads = Gradients(kernels, chunks, linear_weight, linear_bias, dinput, dweight, dbias)
     some, losses, stats = dinput or dweight or dbias, [], [new_stats(input, 0, 2 if is_labels(target) else 3)]
@@ -81,7 +81,7 @@ def fwd(kernels, input, linear_weight, target, linear_bias, weight, *options):
     else:
         loss = sum(losses, stats.new_zeros(()))
         loss = loss / total if reduction == "mean" and not losses else loss  # 0 / 0
-    return loss, expand(stats, kept, N), *grads.result(kept, N)
+    return loss, expand(stats, kept, N), *grads.result(kept, all_input)
 
 
 def stats(kernels, input, linear_weight, target, linear_bias, weight, *options):
@@ -102,8 +102,8 @@ def stats(kernels, input, linear_weight, target, linear_bias, weight, *options):
 def grad(kernels, input, linear_weight, target, linear_bias, weight, coefficients, stats, *options):
     """stats: where the gradient of a target that is probabilities is wanted."""
     *x, memory_budget, dinput, dweight, dbias = options
-    N, positions = len(input), max(1, linear_weight.shape[1:-1].numel())
-    kept, (input, target, coefficients) = kernels.compact(target, x[0], input, target, coefficients)
+    positions = max(1, linear_weight.shape[1:-1].numel())
+    all_input, (kept, (input, target, coefficients)) = input, kernels.compact(target, x[0], input, target, coefficients)
     chunks = Chunks(kernels, input, linear_weight, linear_bias, memory_budget)
     grads = Gradients(kernels, chunks, linear_weight, linear_bias, dinput, dweight, dbias)
     dtarget = input.new_empty(0) if stats is None else torch.empty_like(target)
@@ -114,7 +114,7 @@ def grad(kernels, input, linear_weight, target, linear_bias, weight, coefficient
             dtarget[rows] = probs_grad(logits, target[rows], weight, stats[part], k, Options(*x))
         if dinput or dweight or dbias:
             grads.add(rows, kernels.grad(logits, target[rows], weight, k, *x, out=logits))
-    return *grads.result(kept, N), dtarget
+    return *grads.result(kept, all_input), dtarget
 
 
 def expand(t, kept, N, fill=0):

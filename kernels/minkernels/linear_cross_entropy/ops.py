@@ -18,6 +18,7 @@ from minkernels.cross_entropy.ops import (
     in_shape,
     logprob_coefficients,
     logprobs_of,
+    may_hand_out,
     options,
     parallel,
     scale,
@@ -157,7 +158,7 @@ def _flat(input, linear_weight, target, linear_bias):
     after = 1 if is_labels(target) else 2
     if linear_weight.dim() == 2:
         target = target.reshape(-1) if after == 1 else target.reshape(-1, len(linear_weight))
-        return input.reshape(-1, input.shape[-1]), linear_weight, target, linear_bias
+        return input.reshape(input.shape[:-1].numel(), input.shape[-1]), linear_weight, target, linear_bias
     return input, linear_weight.flatten(1, -2), target.flatten(after), linear_bias if linear_bias is None else linear_bias.flatten(1)
 
 
@@ -272,9 +273,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 16
-        (dinput, dweight, dtarget, dbias), early = (None,) * 4, ctx.grads
-        if early is not None:  # handed out once, as in cross_entropy
-            ctx.grads, (dinput, dweight, dbias) = None, early
+        dtarget = None
+        if ctx.grads is not None and may_hand_out(dloss):  # once, as in cross_entropy
+            (dinput, dweight, dbias), early, ctx.grads = ctx.grads, ctx.grads, None
             for grad in early:
                 if grad is not None:
                     scale(grad if grad.dim() == 2 else grad.view(len(grad), -1), dloss)

@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minkernels._checks import check_floats, check_int, check_number, check_tensor
+from minkernels._checks import INTEGER_NAMES, INTEGERS, check_floats, check_int, check_number, check_tensor
 from minkernels._library import define
 from minkernels.nms import reference
 from minkernels.nms._common import new_outputs
 
-INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 MOST_BOXES = 2**31 - 1  # of an image: their places are 32-bit numbers in the kernels
 
 
@@ -44,7 +43,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Args:
         boxes, scores, iou_threshold: as those of nms.
-        idxs: (N,) the class of each box, or its image and level: any values of an integer dtype.
+        idxs: (N,) int64, int32, int16, int8 or uint8, any values: the class of each box, or its image and level.
     Returns: (K,) int64, the kept boxes of all classes by descending score, as nms does.
     Raises: as nms.
     """
@@ -67,7 +66,7 @@ def nms_padded(
     Args:
         boxes: (B, N, 4) corners x1, y1, x2, y2: float16, bfloat16, float32, or float64 (CPU only); any strides; N < 2**31.
         scores: (B, N) of any of these dtypes.
-        class_ids: (B, N) of an integer dtype, any values: boxes of different classes do not suppress each other. None: all are of one.
+        class_ids: (B, N) as idxs of batched_nms: boxes of different classes do not suppress each other. None: all are of one.
         iou_threshold: 0 to 1. A box goes when its IoU with a kept box is larger, not when it is equal.
         score_threshold: only boxes with score > score_threshold take part; None: all. A box with a NaN, in its score too, never does.
         max_output: at least 1, how many boxes of an image are kept at most, over its classes; work stops when there are as many.
@@ -88,6 +87,8 @@ def nms_padded(
     check_int("max_output", max_output)
     if max_output < 1:
         raise ValueError(f"max_output must be at least 1, got {max_output}")
+    if not isinstance(return_suppressor, bool):
+        raise TypeError(f"return_suppressor must be a bool, got {return_suppressor!r}")
     classes = None if class_ids is None else class_ids.long()
     args = *_detached(boxes, scores), classes, float(iou_threshold), score_threshold, max_output, return_suppressor
     outputs = _nms_padded(*args)
@@ -111,7 +112,7 @@ def _check(boxes, scores, classes, iou_threshold, dims):
         if t.device != boxes.device:
             raise TypeError(f"{name} is on {t.device}, but boxes is on {boxes.device}")
     if classes and classes[1].dtype not in INTEGERS:
-        raise TypeError(f"{classes[0]} must be of an integer dtype, got {classes[1].dtype}")
+        raise TypeError(f"{classes[0]} must be {INTEGER_NAMES}, got {classes[1].dtype}")
     if shape[-1] > MOST_BOXES:
         raise ValueError(f"boxes must be fewer than 2**31 an image, got {shape[-1]}")
     check_number("iou_threshold", iou_threshold)

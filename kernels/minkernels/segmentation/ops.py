@@ -5,7 +5,7 @@ from torch import Tensor
 
 from minkernels._checks import FLOATS, check_constant, check_floats, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
-from minkernels.cross_entropy.ops import grad_early, scale
+from minkernels.cross_entropy.ops import grad_early, may_hand_out, scale
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
@@ -250,10 +250,10 @@ class _SigmoidLoss(torch.autograd.Function):
     def backward(ctx, dloss, _dscale, _dgrad):
         if dloss is None:
             return (None,) * 9
-        grad, ctx.grad = ctx.grad, None  # handed out once: a later backward recomputes, and changes nothing given before
-        if grad is None:
+        if ctx.grad is None or not may_hand_out(dloss):
             grad = _sigmoid_loss_bwd(dloss, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
-        else:
+        else:  # once: a later backward recomputes, and changes nothing given before
+            grad, ctx.grad = ctx.grad, None
             scale(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
         return grad, *(None,) * 8
 

@@ -1,15 +1,13 @@
 """Soft-NMS and Matrix NMS of a batch: what they promise."""
 
-import torch
 from torch import Tensor
 
-from minkernels._checks import check_floats, check_int, check_number, check_tensor
+from minkernels._checks import INTEGER_NAMES, INTEGERS, check_floats, check_int, check_number, check_tensor
 from minkernels._library import define
 from minkernels.soft_nms import reference
 from minkernels.soft_nms._options import RescoredNMS, outputs
 
 METHODS = "linear", "gaussian"
-IDS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def soft_nms(
@@ -101,8 +99,8 @@ def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
     _check_fit(boxes, "scores", scores)
     if class_ids is not None:
         check_tensor("class_ids", class_ids)
-        if class_ids.dtype not in IDS:
-            raise TypeError(f"class_ids must be int64, int32, int16, int8 or uint8, got {class_ids.dtype}")
+        if class_ids.dtype not in INTEGERS:
+            raise TypeError(f"class_ids must be {INTEGER_NAMES}, got {class_ids.dtype}")
         _check_fit(boxes, "class_ids", class_ids)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

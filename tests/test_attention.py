@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+import attention_cases as cases
 from attention_cases import OPTIONS, SHAPES, check, gradients, holes, make, options, packed
 from minkernels import attention, attention_varlen, merge_attention
 from minkernels.attention import reference
@@ -282,20 +283,9 @@ def test_a_row_hidden_by_nothing_but_a_large_number(dtype, least, M, levels):
 
     if (dtype == torch.float64) != (abs(least) > 1e300):
         pytest.skip("it does not fit, or the sum with it is not rounded")
-    q, k, v = make(1, 2, 2, M, M, 8, 8, dtype)
-    bias = torch.zeros(1, 1, M, M, dtype=torch.promote_types(dtype, torch.float32))
-    bias[0, 0, 1] = least
-    do = torch.randn(1, 2, M, 8).to(dtype)
-    do[:, :, 1] = 0
-    options = Options(bias=bias, scale=8**-0.5)
-    runs, close = [("reference", reference), *((level, _cpu) for level in levels)], 1e-2 if dtype.itemsize == 2 else 1e-4
-    for name, backend in runs:
-        o, lse = backend.fwd(q, k, v, *options)
-        torch.testing.assert_close(o[:, :, 1].double(), v.double().mean(2), rtol=0, atol=4 * torch.finfo(dtype).eps, msg=name)
-        grads = backend.bwd(do, None, q, k, v, o, lse, *options, True)
-        plain = backend.bwd(do, None, q, k, v, o, lse, *options._replace(mask=(bias == 0).expand(1, 1, M, M)), True)
-        for grad, expected in zip(grads[:4], plain[:4], strict=True):
-            torch.testing.assert_close(grad, expected, rtol=close, atol=close / 10)
+    cases.check_hidden_row(reference, M, least, dtype)
+    for level in levels:
+        cases.check_hidden_row(_cpu, M, least, dtype, what=level)
 
 
 def test_agrees_with_sdpa():

@@ -81,8 +81,10 @@ _flops = _FlopFormulas()
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see this call; forward-mode AD (torch.func.jvp) does not show in requires_grad."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # vmap hides what its tensors are made from
+    if forward_ad._current_level >= 0:
         return True
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return True  # vmap hides what its tensors are made from
     if torch.is_grad_enabled():
         for t in tensors:  # any() of a generator takes three times as long
             if t is not None and t.requires_grad:

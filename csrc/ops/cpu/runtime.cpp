@@ -58,9 +58,9 @@ torch::headeronly::ScalarType wide_dtype(const Tensor& t) {
 
 Reduction take_reduction(StringHandle name) {
   const char* text = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
   const Reduction found = !std::strcmp(text, "none") ? Reduction::none : !std::strcmp(text, "sum") ? Reduction::sum : Reduction::mean;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
   return found;
 }
 
@@ -186,7 +186,7 @@ Tensor wide_empty_like(const Tensor& x) {
   using torch::stable::detail::from;
   const std::optional<torch::headeronly::ScalarType> dtype = wide_dtype(x);
   StableIValue stack[] = {from(x), from(dtype), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

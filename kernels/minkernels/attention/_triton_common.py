@@ -161,7 +161,7 @@ def add_dot(acc, p, x):
         return _dot(p, x[0], acc[0]), _dot(p, x[1], acc[1])
 
 
-LEAST = tl.constexpr(-(2.0**126))  # of a bias that is finite, in log2 units
+LEAST = tl.constexpr(-(2.0**126))  # of a bias that is finite
 
 
 @triton.jit
@@ -175,8 +175,7 @@ def scores(s, scale_log2, cap_log2, bias):
         s = t * cap_log2
         slope = 1.0 - t * t
     if bias is not None:
-        scaled = bias * LOG2E
-        s += tl.where((scaled < LEAST) & (bias > -INF), LEAST, scaled)  # what is finite stays so
+        s += tl.where(bias < LEAST, tl.where(bias == -INF, -INF, LEAST * LOG2E), bias * LOG2E)  # what is finite stays so
     return s, slope
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from judge import assert_close
 from minkernels.cross_entropy._options import Options, coefficients, is_labels
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 REDUCTIONS = ["none", "mean", "sum"]
 OPTIONS = {  # what goes beside "labels": every option alone, and all together
     "plain": {},

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("PIL")  # of the extra "models"
 from importlib.metadata import PackageNotFoundError, distribution
+
+from PIL import Image
 
 from minmodels import UserError
 from minmodels.data import images, masks

@@ -165,7 +165,7 @@ static double run(Softmax& a, bool rows_only = false) {
   return sum;
 }
 
-// As label_error of cross_entropy/_options.py. PyTorch makes an IndexError of it.
+// As check_labels() of cross_entropy/_options.py; of std::out_of_range PyTorch makes an IndexError.
 static void check_label(const Tensor& target, const Labels& labels, int64_t V) {
   const int64_t row = labels.bad, step = target.dim() == 2 ? target.size(1) : 1;
   if (row < 0) return;

@@ -22,7 +22,7 @@ int level();  // an index into LEVELS: the best that this machine has, or what M
 Dtype dtype_of(const Tensor& t);
 torch::headeronly::ScalarType wide_dtype(const Tensor& t);  // of results no narrower than the arithmetic: float, or double
 
-enum class Reduction : int64_t { none, mean, sum };
+enum class Reduction { none, mean, sum };
 Reduction take_reduction(StringHandle name);  // an argument, which ends here: std::string as an argument is never freed by PyTorch 2.13
 
 // Fresh memory of 4 MB and more costs more in page faults than the kernels take to fill it: ask for huge pages.

@@ -212,7 +212,8 @@ static void finish_dice(const Dice& a, const std::vector<double>& sums, double b
 
 // Returns whether an integer target that counts is neither 0 nor 1, or names no class.
 static int64_t bce_dice_fwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, double bce_weight, double dice_weight, double smooth,
-                            bool squared, bool per_image, int64_t reduction, Tensor loss, Tensor factors) {
+                            bool squared, bool per_image, StringHandle reduction, Tensor loss, Tensor factors) {
+  const Reduction how = take_reduction(reduction);
   Dice a = dice(input, target, pos_weight, mask, squared, {});
   std::vector<double> sums(a.N * a.pieces_of_an_image() * a.C * DICE_SUMS);
   std::vector<char> bad(a.N * a.pieces_of_an_image());
@@ -222,7 +223,7 @@ static int64_t bce_dice_fwd(Tensor input, Tensor target, Maybe pos_weight, Maybe
   if (any(bad)) return 1;
   const auto finish = [&](auto zero) {
     using A = decltype(zero);
-    finish_dice(a, sums, bce_weight, dice_weight, smooth, per_image, Reduction(reduction), (A*)loss.data_ptr(), (A*)factors.data_ptr());
+    finish_dice(a, sums, bce_weight, dice_weight, smooth, per_image, how, (A*)loss.data_ptr(), (A*)factors.data_ptr());
   };
   element_type(factors) == Element::f64 ? finish(0.0) : finish(0.0f);
   return 0;
@@ -240,7 +241,7 @@ static void bce_dice_bwd(Tensor input, Tensor target, Maybe pos_weight, Maybe ma
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def(  // pos_weight (C,) float64, and factors (N or nothing, C, 3), contiguous
       "_bce_dice_fwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, float bce_weight, float dice_weight, float smooth, "
-      "bool squared, bool per_image, int reduction, Tensor(a!) loss, Tensor(b!) factors) -> int");
+      "bool squared, bool per_image, str reduction, Tensor(a!) loss, Tensor(b!) factors) -> int");
   m.def(
       "_bce_dice_bwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, Tensor factors, bool squared, Tensor(a!) grad) "
       "-> ()");

@@ -10,13 +10,12 @@ sigmoid_loss_fwd = torch.ops.minkernels.sigmoid_loss_fwd.default  # C++ alone
 sigmoid_loss_bwd = torch.ops.minkernels.sigmoid_loss_bwd.default
 _bce_dice_fwd = torch.ops.minkernels._bce_dice_fwd.default
 _bce_dice_bwd = torch.ops.minkernels._bce_dice_bwd.default
-_CODES = {"none": 0, "mean": 1, "sum": 2}  # csrc/ops/cpu/segmentation.cpp
 
 
 def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smooth, squared, per_image, reduction):
     loss, factors = bce_dice_outputs(input, per_image, reduction)
     weights = None if pos_weight is None else pos_weight.double().contiguous()
-    numbers = bce_weight, dice_weight, smooth, squared, per_image, _CODES[reduction]
+    numbers = bce_weight, dice_weight, smooth, squared, per_image, reduction
     if _bce_dice_fwd(input, target, weights, mask, *numbers, loss, factors):
         check_targets(input, target, mask)
     return loss, factors

@@ -214,3 +214,13 @@ def test_bad_packed_input(change, error, message, with_library, monkeypatch, lib
     attention_varlen(**good)
     with pytest.raises(error, match=re.escape(message)):
         attention_varlen(**good | change)
+
+
+def test_lengths_are_named_in_compiled_graphs(library):
+    q, kv_lens = torch.randn(2, 3, 6, 8), torch.tensor([3, 7])
+    with pytest.raises(ValueError, match="kv_lens must be 0 to N=6, got 7"):
+        torch.compile(lambda q, n: attention(q, q, q, kv_lens=n) * 2, fullgraph=True, backend="aot_eager")(q, kv_lens)
+    q, cu = torch.randn(5, 3, 8), torch.tensor([0, 7, 5])
+    with pytest.raises(ValueError, match=re.escape("cu_seqlens_q must rise from 0 to 5, the length of q, got [0, 7, 5]")):
+        packed = torch.compile(lambda q, cu: attention_varlen(q, q, q, cu, cu, max_seqlen_q=5, max_seqlen_k=5), fullgraph=True)
+        packed(q, cu)

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -59,31 +61,52 @@ static void hide_keys(Sequence& s, const Tensor& key_mask, int32_t* list) {
   if (n < s.N) s.keys = list, s.count = count;
 }
 
-// False if the lengths are impossible.
-static bool list_sequences(Attention& a, Lists& lists, const Options& x) {
-  const auto at = [](const Maybe& t, int64_t i) { return int64_t(((const int32_t*)t->data_ptr())[i * t->stride(0)]); };
+static int64_t at(const Maybe& t, int64_t i) { return ((const int32_t*)t->data_ptr())[i * t->stride(0)]; }
+
+// As check_lengths() of attention/_options.py; of std::invalid_argument PyTorch makes a ValueError.
+static void check_packed(const std::string& name, const Maybe& cu, int64_t length, int64_t most) {
+  const int64_t last = cu->size(0) - 1;
+  bool rises = at(cu, 0) == 0 && at(cu, last) == length;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < last; b++) {
+    const int64_t n = at(cu, b + 1) - at(cu, b);
+    rises = rises && n >= 0, longest = std::max(longest, n);
+  }
+  if (!rises) {
+    std::string all = std::to_string(at(cu, 0));
+    for (int64_t b = 1; b <= last; b++) all += ", " + std::to_string(at(cu, b));
+    throw std::invalid_argument("cu_seqlens_" + name + " must rise from 0 to " + std::to_string(length) + ", the length of " + name +
+                                ", got [" + all + "]");
+  }
+  if (longest > most)
+    throw std::invalid_argument("max_seqlen_" + name + " is " + std::to_string(most) + ", but cu_seqlens_" + name +
+                                " holds a sequence of " + std::to_string(longest));
+}
+static void check_lens(const Maybe& kv_lens, int64_t N) {
+  for (int64_t b = 0; b < kv_lens->size(0); b++)
+    if (at(kv_lens, b) < 0 || at(kv_lens, b) > N)
+      throw std::invalid_argument("kv_lens must be 0 to N=" + std::to_string(N) + ", got " + std::to_string(at(kv_lens, b)));
+}
+
+static void list_sequences(Attention& a, Lists& lists, const Options& x) {
+  if (x.kv_lens) check_lens(x.kv_lens, a.N);
+  if (x.cu_seqlens_q) check_packed("q", x.cu_seqlens_q, a.M, x.max_seqlen_q), check_packed("k", x.cu_seqlens_k, a.N, x.max_seqlen_k);
   int64_t count = x.cu_seqlens_q ? x.cu_seqlens_q->size(0) - 1 : a.B;
   lists.sequences.resize(count);
   if (x.key_mask) lists.keys.resize(a.B * (2 * a.N + 1));
-  int64_t q_end = 0, k_end = 0;
   for (int64_t b = 0; b < count; b++) {
     Sequence& s = lists.sequences[b];
     if (x.cu_seqlens_q) {
-      int64_t q0 = at(x.cu_seqlens_q, b), k0 = at(x.cu_seqlens_k, b);
-      if (q0 != q_end || k0 != k_end) return false;  // the first must be 0
-      q_end = at(x.cu_seqlens_q, b + 1), k_end = at(x.cu_seqlens_k, b + 1);
-      s = {0, q0, k0, q_end - q0, k_end - k0, k_end - k0};
-      if (s.M < 0 || s.N < 0 || s.M > x.max_seqlen_q || s.N > x.max_seqlen_k) return false;
+      const int64_t q0 = at(x.cu_seqlens_q, b), k0 = at(x.cu_seqlens_k, b), N = at(x.cu_seqlens_k, b + 1) - k0;
+      s = {0, q0, k0, at(x.cu_seqlens_q, b + 1) - q0, N, N};
     } else {
       s = {b, 0, 0, a.M, x.kv_lens ? at(x.kv_lens, b) : a.N, a.N};
-      if (s.N < 0 || s.N > a.N) return false;
     }
     s.off = x.top_left ? 0 : s.N - s.M;
     if (x.key_mask) hide_keys(s, *x.key_mask, lists.keys.data() + b * (2 * a.N + 1));
     a.longest = std::max(a.longest, s.M), a.most_keys = std::max(a.most_keys, s.N);
   }
   a.sequences = lists.sequences.data(), a.count = count;
-  return !x.cu_seqlens_q || (q_end == a.M && k_end == a.N && (count > 0 || (at(x.cu_seqlens_q, 0) == 0 && at(x.cu_seqlens_k, 0) == 0)));
 }
 
 static Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse, const Options& x) {
@@ -246,9 +269,9 @@ static void run_blocks(Attention& a, const std::vector<int32_t>& order, const At
   if (a.splits > 1) phase(blocks, kernels.merge);
 }
 
-static bool run(Attention& a, const Options& x, bool backward) {
+static void run(Attention& a, const Options& x, bool backward) {
   Lists lists;
-  if (!list_sequences(a, lists, x)) return false;
+  list_sequences(a, lists, x);
   double scores = 0;
   for (const Sequence& s : lists.sequences) scores += double(s.M) * double(s.N);
   a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
@@ -270,7 +293,6 @@ static bool run(Attention& a, const Options& x, bool backward) {
     run_some(order);
   else  // packed keys lie elsewhere in each entry of the batch, so its blocks are other columns of dbias
     for (int32_t i : order) run_some({i});
-  return true;
 }
 
 // As like() and lse_like() of attention/_options.py.
@@ -293,7 +315,7 @@ static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Ma
   Tensor o = empty_like_q(q, v.size(3)), lse = empty_lse(q);
   Attention a = arguments(q, k, v, o, lse, x);
   advise_huge_pages(a.o.data, o.numel() * o.element_size());
-  STD_TORCH_CHECK(run(a, x, false), "kv_lens or cu_seqlens do not fit the tensors");  // check_lengths() says why
+  run(a, x, false);
   return {o, lse};
 }
 
@@ -319,7 +341,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor d
     a.dbias = broadcast(sums), a.every_b = sums->size(0) == 1 && a.B > 1, a.every_h = sums->size(1) == 1 && a.Hkv > 1;
   }
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());
-  STD_TORCH_CHECK(run(a, x, true), "kv_lens or cu_seqlens do not fit the tensors");
+  run(a, x, true);
   Tensor dbias = new_empty(q, {0});
   if (bias_grad) {
     std::vector<int64_t> shared;

@@ -6,7 +6,7 @@ from torch import Tensor
 from minkernels._checks import FLOATS, check_int, check_number, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.attention import reference
-from minkernels.attention._options import SCHEMA, Options, check_lengths, grads_like, like, lse_like
+from minkernels.attention._options import SCHEMA, Options, grads_like, like, lse_like
 
 MAX_HEAD_DIM = 256
 TENSORS = 8  # of Options, the first
@@ -109,12 +109,7 @@ def _attend(q, k, v, return_lse, options):
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # the first is faster
         q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
     args = traceable(q, k, v, *options)
-    try:
-        o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
-    except RuntimeError:
-        if q.device.type == "cpu":  # C++ can only raise this one
-            check_lengths(q, k, options)
-        raise
+    o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
     return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o
 
 

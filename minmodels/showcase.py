@@ -115,7 +115,7 @@ def showcase(
 
     console.print("timing the ops")
     rows = speed.measure(seconds, sizes)
-    console.print(speed.table(rows))
+    console.print(speed.table(rows), speed.NOTE, sep="\n", highlight=False)
     spent = (time.perf_counter() - start) / 60
     index = folder / INDEX
     with files.replacing(index) as part:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import pytest
 pytest.importorskip("matplotlib")  # the extra "models"
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
+from rich.console import Console
+
 from minmodels import UserError, exhibits, forked, page, showcase, speed
 from minmodels.__main__ import main
 from minmodels.exhibits import EXHIBITS
@@ -277,3 +280,11 @@ def test_the_ops_are_measured_and_judged_on_both_roads():
         assert row.ms > 0 and row.torch_ms > 0 and row.cells()[4] == f"{row.torch_ms / row.ms:.2f}x"
         assert all(0 <= e < (1e-5 if row.dtype == "fp32" else 3e-2) for e in (row.error, row.torch_error))
     assert sum(row.error > 0 for row in rows) > 8
+
+
+def test_the_table_fits_a_terminal():
+    row = speed.Row("linear_cross_entropy fwd+bwd", "fp32", 440.1, 534.9, 1.2e-7, 3.4e-7)
+    console = Console(width=80, file=StringIO())
+    console.print(speed.table([row]))
+    _, head, _, cells = (re.split(r"\s{2,}", line.strip()) for line in console.file.getvalue().splitlines())
+    assert head == list(speed.HEAD) and cells == list(row.cells())

@@ -96,10 +96,11 @@ def train(
 
 
 def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
-    """The scores of a trained model on its held-out data, or on those of the options given. Raises UserError."""
+    """The scores of a trained model on its held-out data. given: options that may change, such as the device. Raises UserError."""
     tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
     check_model(name, meta, checkpoint)
     run = Run(name, MODELS[name].options(**{**meta["options"], **given}))
+    run.check_data(meta)
     run.load_model(tensors)
     return run.heldout()
 
@@ -209,9 +210,12 @@ class Run:
         except RuntimeError as error:
             raise UserError(f"the checkpoint does not fit the model: {str(error).splitlines()[-1].strip()}") from error
 
-    def restore(self, tensors: dict[str, Tensor], meta: dict):
+    def check_data(self, meta: dict):
         if meta["data_sha256"] != self.recipe.sha256:
             raise UserError(f"{self.recipe.data.split(':')[0]}: not the data that the checkpoint was trained on")
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict):
+        self.check_data(meta)
         self.load_model(tensors)
         states = dict(self._states())
         for key, t in tensors.items():

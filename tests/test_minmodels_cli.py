@@ -1,4 +1,4 @@
-"""Training, generation and the showcase through the command line: exact resumption, files left behind, the text of each error."""
+"""Training and generation through the command line: exact resumption, files left behind, the text of each error."""
 
 import json
 import math
@@ -15,8 +15,6 @@ import torch
 pytest.importorskip("matplotlib")  # the extra "models": a machine that has torch alone can run the other tests
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from safetensors.torch import save_file
-
 from minmodels import files, plot, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
@@ -196,24 +194,6 @@ def test_training_learns_and_generation_continues(book, tmp_path, capsys):
     assert texts[4].startswith("the quick") and len(texts[4]) == 41  # as after a line break
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    full = OSError(28, "No space left on device")
-    saves = iter([None, full])
-    fsync = os.fsync
-
-    def sometimes(fd):
-        if os.path.isfile(f"/proc/self/fd/{fd}") and next(saves):
-            raise full
-        fsync(fd)
-
-    monkeypatch.setattr(os, "fsync", sometimes)
-    assert tiny(book, out, "--steps", 9, "--eval-every", 3) == 2
-    assert f"error: cannot write {out / files.CHECKPOINT}: No space left on device\n" == capsys.readouterr().err
-    assert files.load_checkpoint(out)[1]["step"] == 3
-    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
-
-
 TEXTS = {
     "missing": (None, r"cannot read .*x\.txt: No such file or directory"),
     "empty": (b"", r"x\.txt is empty"),
@@ -231,60 +211,6 @@ def test_bad_text(tmp_path, capsys, content, message):
     assert tiny(tmp_path / "x.txt", tmp_path / "run") == 2
     assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-
-
-def damaged(kind, tmp_path, book):
-    path = tmp_path / "run"
-    if kind != "missing":
-        tiny(book, path, "--steps", 2)
-    checkpoint = path / files.CHECKPOINT
-    if kind == "truncated":
-        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
-    elif kind == "empty":
-        os.truncate(checkpoint, 0)
-    elif kind == "not-safetensors":
-        checkpoint.write_bytes(b"PK\3\4" * 100)
-    elif kind == "foreign":
-        save_file({"wte.weight": torch.zeros(3, 4)}, checkpoint)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    {
-        "missing": "there is no checkpoint at ",
-        "truncated": "is truncated, damaged, or no checkpoint: ",
-        "empty": "is truncated, damaged, or no checkpoint: ",
-        "not-safetensors": "is truncated, damaged, or no checkpoint: ",
-        "foreign": "is a safetensors file, but no checkpoint of minmodels",
-    }.items(),
-)
-def test_bad_checkpoint(tmp_path, book, capsys, kind, message):
-    path = damaged(kind, tmp_path, book)
-    capsys.readouterr()
-    for command in (("generate", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
-        assert run(*command, path) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", err)
-
-
-def test_resuming_something_else_is_refused(book, tmp_path, capsys):
-    out = tmp_path / "run"
-    tiny(book, out, "--steps", 2)
-    before = (out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes()
-    other = tmp_path / "other.txt"
-    other.write_text(LINE * 50)
-    for args, message in (
-        ((), r"exists: --resume continues it, --overwrite starts anew"),
-        (("--resume",), r"is trained already \(2 steps, 0\.0 minutes\)"),
-        (("--resume", "--steps", 9, "--n-embd", 32), r"--n-embd 32: the checkpoint was trained with 16"),
-        (("--resume", "--steps", 9, "--text", other), r"other\.txt: not the data that the checkpoint was trained on"),
-    ):
-        assert run("train", "gpt", "--out", out, *args) == 2
-        assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
-    assert before == ((out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes())
-    assert run("train", "gpt", "--out", out, "--resume", "--steps", 3) == 0
-    assert tiny(book, out, "--steps", 1, "--overwrite") == 0 and len(metrics(out, "loss")) == 1
 
 
 BAD_OPTIONS = {
@@ -317,25 +243,6 @@ def test_a_prompt_with_unknown_characters(book, tmp_path, capsys):
     assert capsys.readouterr().err == "error: characters that the model has never seen: '\\t' 'Ω'\n"  # Å: held out, yet known
 
 
-def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    loss = train.Run._loss
-    monkeypatch.setattr(train.Run, "_loss", lambda self, *args: loss(self, *args) * (float("inf") if self.step >= 5 else 1.0))
-    assert tiny(book, out, "--steps", 9, "--eval-every", 4) == 2
-    assert re.search(r"error: the loss is (?:inf|nan) at step \d: try a lower --lr than 0\.\d+\n", capsys.readouterr().err)
-    assert files.load_checkpoint(out)[1]["step"] == 4
-
-
-def test_a_checkpoint_of_another_model(book, tmp_path, capsys):
-    tiny(book, tmp_path / "run", "--steps", 1)
-    tensors, meta = files.load_checkpoint(tmp_path / "run")
-    files.save_checkpoint(tmp_path / "run" / files.CHECKPOINT, tensors, {**meta, "model": "other"})
-    capsys.readouterr()
-    for command in (("generate", "gpt", "--checkpoint"), ("eval", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
-        assert run(*command, tmp_path / "run") == 2
-        assert re.fullmatch(r"error: .* is a checkpoint of other, not of gpt\n", capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("command", [[], ["train"], ["train", "gpt"], ["eval"], ["generate"], ["showcase"]], ids=" ".join)
 def test_help_has_examples_and_needs_no_torch(command, capsys):
     code = "import sys; sys.modules['torch'] = None; from minmodels.__main__ import main; main(sys.argv[1:])"
@@ -364,8 +271,6 @@ def test_windows():
     assert len(textdata.sweep(ids, 9, most=4)[0]) == 4
     near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
     assert near == pytest.approx(50)
-
-
 
 
 def test_loss_curve(tmp_path):

@@ -1,0 +1,119 @@
+"""Checkpoints through the command line: what is refused, what is kept when a run fails, and what is said of it."""
+
+import os
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")  # the extra "models"
+pytest.importorskip("rich")
+pytest.importorskip("safetensors")
+from safetensors.torch import save_file
+
+from minmodels import files, train
+from test_minmodels_cli import LINE, metrics, run, tiny
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(LINE * 35)
+    return str(path)
+
+
+def damaged(kind, tmp_path, book):
+    path = tmp_path / "run"
+    if kind != "missing":
+        tiny(book, path, "--steps", 2)
+    checkpoint = path / files.CHECKPOINT
+    if kind == "truncated":
+        os.truncate(checkpoint, checkpoint.stat().st_size // 2)
+    elif kind == "empty":
+        os.truncate(checkpoint, 0)
+    elif kind == "not-safetensors":
+        checkpoint.write_bytes(b"PK\3\4" * 100)
+    elif kind == "foreign":
+        save_file({"wte.weight": torch.zeros(3, 4)}, checkpoint)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    {
+        "missing": "there is no checkpoint at ",
+        "truncated": "is truncated, damaged, or no checkpoint: ",
+        "empty": "is truncated, damaged, or no checkpoint: ",
+        "not-safetensors": "is truncated, damaged, or no checkpoint: ",
+        "foreign": "is a safetensors file, but no checkpoint of minmodels",
+    }.items(),
+)
+def test_bad_checkpoint(tmp_path, book, capsys, kind, message):
+    path = damaged(kind, tmp_path, book)
+    capsys.readouterr()
+    for command in (("generate", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
+        assert run(*command, path) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", err)
+
+
+def test_resuming_something_else_is_refused(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    tiny(book, out, "--steps", 2)
+    before = (out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes()
+    other = tmp_path / "other.txt"
+    other.write_text(LINE * 50)
+    for args, message in (
+        ((), r"exists: --resume continues it, --overwrite starts anew"),
+        (("--resume",), r"is trained already \(2 steps, 0\.0 minutes\)"),
+        (("--resume", "--steps", 9, "--n-embd", 32), r"--n-embd 32: the checkpoint was trained with 16"),
+        (("--resume", "--steps", 9, "--text", other), r"other\.txt: not the data that the checkpoint was trained on"),
+    ):
+        assert run("train", "gpt", "--out", out, *args) == 2
+        assert re.fullmatch(f"error: [^\n]*{message}[^\n]*\n", capsys.readouterr().err)
+    with open(book, "a") as f:
+        f.write(LINE)
+    for command in (("train", "gpt", "--resume", "--steps", 9, "--out"), ("eval", "gpt", "--checkpoint")):
+        assert run(*command, out) == 2
+        assert re.fullmatch(r"error: .*book\.txt: not the data that the checkpoint was trained on\n", capsys.readouterr().err)
+    assert before == ((out / files.CHECKPOINT).read_bytes(), (out / files.METRICS).read_bytes())
+    os.truncate(book, os.path.getsize(book) - len(LINE))
+    assert run("train", "gpt", "--out", out, "--resume", "--steps", 3) == 0
+    assert tiny(book, out, "--steps", 1, "--overwrite") == 0 and len(metrics(out, "loss")) == 1
+
+
+def test_a_checkpoint_of_another_model(book, tmp_path, capsys):
+    tiny(book, tmp_path / "run", "--steps", 1)
+    tensors, meta = files.load_checkpoint(tmp_path / "run")
+    files.save_checkpoint(tmp_path / "run" / files.CHECKPOINT, tensors, {**meta, "model": "other"})
+    capsys.readouterr()
+    for command in (("generate", "gpt", "--checkpoint"), ("eval", "gpt", "--checkpoint"), ("train", "gpt", "--resume", "--out")):
+        assert run(*command, tmp_path / "run") == 2
+        assert re.fullmatch(r"error: .* is a checkpoint of other, not of gpt\n", capsys.readouterr().err)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    full = OSError(28, "No space left on device")
+    saves = iter([None, full])
+    fsync = os.fsync
+
+    def sometimes(fd):
+        if os.path.isfile(f"/proc/self/fd/{fd}") and next(saves):
+            raise full
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", sometimes)
+    assert tiny(book, out, "--steps", 9, "--eval-every", 3) == 2
+    assert f"error: cannot write {out / files.CHECKPOINT}: No space left on device\n" == capsys.readouterr().err
+    assert files.load_checkpoint(out)[1]["step"] == 3
+    assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
+
+
+def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    loss = train.Run._loss
+    monkeypatch.setattr(train.Run, "_loss", lambda self, *args: loss(self, *args) * (float("inf") if self.step >= 5 else 1.0))
+    assert tiny(book, out, "--steps", 9, "--eval-every", 4) == 2
+    assert re.search(r"error: the loss is (?:inf|nan) at step \d: try a lower --lr than 0\.\d+\n", capsys.readouterr().err)
+    assert files.load_checkpoint(out)[1]["step"] == 4

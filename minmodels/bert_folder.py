@@ -15,13 +15,17 @@ from minmodels.minbert import BERT, BERTConfig
 from minmodels.recipes import load as load_ours
 
 FIXED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}  # what our model computes
+TIED = {  # of the head for masked words, what our model has once
+    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+    "cls.predictions.decoder.bias": "cls.predictions.bias",
+}
 
 
 def load(folder: str, device: str = "") -> tuple[BERT, Tokenizer, str]:
     """(model in evaluation mode, tokenizer, the text that it learned from: "" is our default). Raises UserError.
 
     A Hugging Face folder may lack the heads of pretraining, as that of a sentence embedding does; they are new then, and
-    model.fresh_heads is True.
+    model.fresh_words is True if that for masked words is.
     """
     path = Path(folder)
     if not (path / "config.json").exists():
@@ -36,6 +40,8 @@ def from_huggingface(path: Path) -> BERT:
         given = json.loads((path / "config.json").read_text())
         weights = path / "model.safetensors"
         tensors = load_file(weights) if weights.exists() else torch.load(path / "pytorch_model.bin", map_location="cpu", weights_only=True)
+        if not (isinstance(given, dict) and isinstance(tensors, dict)):
+            raise TypeError("each must be a table of names")
     except FileNotFoundError as error:
         raise UserError(f"{path} has no model.safetensors and no pytorch_model.bin") from error
     except Exception as error:  # what is no file of PyTorch makes torch.load raise anything
@@ -49,9 +55,12 @@ def from_huggingface(path: Path) -> BERT:
         raise UserError(f"{path}/config.json: {error}") from error
     own = model.state_dict()
     named = {_name(key): t.float() for key, t in tensors.items()}
+    for key, kept in TIED.items():
+        if key in named and not torch.equal(named[key], named.setdefault(kept, named[key])):
+            raise UserError(f"{path}: {key} is not {kept}, and minBERT ties the two")
     named = {key: t for key, t in named.items() if key in own}
     missing = [key for key in own if key not in named]
-    model.fresh_heads = any(key.startswith("cls.") for key in missing)
+    model.fresh_words = any(key.startswith("cls.predictions.") for key in missing)
     lost = [key for key in missing if not key.startswith(("cls.", "bert.pooler."))]
     wrong = [key for key, t in named.items() if t.shape != own[key].shape]
     if lost or wrong:
@@ -79,6 +88,6 @@ def _tokenizer(path: Path) -> Tokenizer:
     settings = path / "tokenizer_config.json"
     try:
         lower = json.loads(settings.read_text()).get("do_lower_case", True) if settings.exists() else True
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # AttributeError: JSON, but no object
         raise UserError(f"cannot read {settings}: {error}") from error
     return Tokenizer.from_str(BertWordPieceTokenizer(str(path / "vocab.txt"), lowercase=lower).to_str())

@@ -15,7 +15,7 @@ def fill(checkpoint: str, text: str, *, top: int = 5, device: str = "") -> tuple
     checkpoint: a training of minbert, or a local Hugging Face folder of a BERT that was trained on masked words.
     """
     model, tokenizer, _ = bert_folder.load(checkpoint, device)
-    if getattr(model, "fresh_heads", False):
+    if getattr(model, "fresh_words", False):
         raise UserError(f"{checkpoint} has no head for masked words")
     mask, cls, sep = map(tokenizer.token_to_id, ("[MASK]", "[CLS]", "[SEP]"))
     ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]

@@ -183,7 +183,7 @@ def folder(tmp_path, transformers, kind="BertForPreTraining", **config):
     return model
 
 
-@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertModel"])
+@pytest.mark.parametrize("kind", ["BertForPreTraining", "BertForMaskedLM", "BertModel"])
 def test_a_hugging_face_folder_gives_the_outputs_of_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     theirs = folder(tmp_path, transformers, kind)
@@ -196,25 +196,27 @@ def test_a_hugging_face_folder_gives_the_outputs_of_transformers(tmp_path, kind)
         x = ours.hidden(ids, segments, mask)
         if kind == "BertModel":
             pairs_ = [(x[mask], expected.last_hidden_state[mask]), (ours.pooled(x), expected.pooler_output)]
+        elif kind == "BertForMaskedLM":
+            pairs_ = [(F.linear(*ours.words(x))[mask], expected.logits[mask])]
         else:
             words = F.linear(*ours.words(x))
             pairs_ = [(words[mask], expected.prediction_logits[mask]), (ours.following(x), expected.seq_relationship_logits)]
     for a, b in pairs_:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    assert ours.fresh_heads == (kind == "BertModel")
+    assert ours.fresh_words == (kind == "BertModel")
     their_tokenizer = transformers.BertTokenizer(str(tmp_path / "vocab.txt"))
     text = "The fox runs home. [MASK] dog abc"
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     assert ids == their_tokenizer(text, add_special_tokens=False)["input_ids"] and pairs.MASK in ids
 
 
-def fake_folder(path, config=None, drop=(), **change):
-    """A Hugging Face folder without transformers."""
+def fake_folder(path, config=None, drop=(), also=None, **change):
+    """A Hugging Face folder without transformers. also: of the model's tensors, those that are saved besides."""
     config = config or BERTConfig(len(WORDS), 24, 2, 3, 40, 20)
     model = random(BERT(config))
     path.mkdir(exist_ok=True)
     kept = {k: t.contiguous() for k, t in model.state_dict().items() if not k.startswith(tuple(drop) or "-")}
-    save_file(kept, path / "model.safetensors")
+    save_file(kept | (also(model.state_dict()) if also else {}), path / "model.safetensors")
     (path / "config.json").write_text(json.dumps({**vars(config), "model_type": "bert", "hidden_act": "gelu", **change}))
     (path / "vocab.txt").write_text("\n".join(WORDS))
     return model
@@ -225,9 +227,11 @@ def fake_folder(path, config=None, drop=(), **change):
     [
         ("pytorch_model.bin", "no pickle", "its config.json or its weights are damaged"),
         ("config.json", "{", "its config.json or its weights are damaged"),
+        ("config.json", "[]", "its config.json or its weights are damaged"),
         ("config.json", '{"hidden_size": 24, "num_attention_heads": 5}', "hidden_size must be a multiple of num_attention_heads"),
         ("tokenizer.json", "{}", "cannot read .*tokenizer.json"),
         ("tokenizer_config.json", "{", "cannot read .*tokenizer_config.json"),
+        ("tokenizer_config.json", "[]", "cannot read .*tokenizer_config.json"),
     ],
 )
 def test_a_damaged_folder_of_hugging_face(tmp_path, name, content, message):
@@ -250,6 +254,20 @@ def test_fill_takes_the_likeliest_words(tmp_path):
     expected = torch.cat((torch.full((2, 5), -torch.inf), logits), 1).softmax(-1).max(-1).values
     assert [w[0][1] for w in words] == pytest.approx(expected.tolist(), rel=1e-4)
     assert text.split()[0] == "the" and best[0].removeprefix("##") in text
+
+
+@pytest.mark.parametrize(("head", "kept"), bert_folder.TIED.items())
+def test_a_head_of_its_own_is_refused(tmp_path, head, kept):
+    fake_folder(tmp_path, also=lambda tensors: {head: tensors[kept].clone()})
+    assert len(fill(str(tmp_path), "the [MASK]")[1]) == 1
+    fake_folder(tmp_path, also=lambda tensors: {head: tensors[kept] + 0.1})
+    with pytest.raises(UserError, match=f"{head} is not {kept}, and minBERT ties the two"):
+        fill(str(tmp_path), "the [MASK]")
+
+
+def test_a_head_for_masked_words_alone_is_enough_for_them(tmp_path):
+    fake_folder(tmp_path, drop=["cls.seq_relationship", "bert.pooler"])
+    assert len(fill(str(tmp_path), "the [MASK] runs [MASK]")[1]) == 2
 
 
 def test_bad_folders_and_texts(tmp_path):

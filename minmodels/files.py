@@ -33,9 +33,14 @@ def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict):
         os.close(folder)
 
 
+def at(path: str | Path) -> Path:
+    """The checkpoint file that path, a folder or the file itself, stands for."""
+    return Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
+
+
 def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict]:
     """The tensors whose names start with prefix, on the CPU, and the meta that save() got. path may be the folder."""
-    path = path / CHECKPOINT if path.is_dir() else path
+    path = at(path)
     try:
         with safe_open(path, "pt") as f:
             meta = (f.metadata() or {}).get("minmodels")

@@ -17,6 +17,9 @@ def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare:
     parts = {"pretrained": {"out": str(out), "scratch": False}}
     if compare:
         parts["from scratch"] = {"out": str(out / "scratch"), "scratch": True}
+    replaced = [Path(own["out"], files.CHECKPOINT).resolve() for own in parts.values()]
+    if "checkpoint" in given and files.at(given["checkpoint"]).resolve() in replaced:
+        raise UserError(f"--out {out}: fine-tuning would replace the --checkpoint that it starts from; give another folder")
     for title, own in parts.items():
         again = resume and (own["out"] == str(out) or Path(own["out"], files.CHECKPOINT).exists())
         if resume and not again:  # it had not begun: as the first part was asked for, and this command

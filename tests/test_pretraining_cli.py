@@ -109,6 +109,16 @@ def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained,
     assert re.search(r"error: .* is trained already \(6 steps", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("part", ["", "scratch"])
+def test_a_fine_tuning_does_not_replace_its_pretraining(part, tmp_path, capsys):
+    (tmp_path / part).mkdir(exist_ok=True)
+    (tmp_path / part / files.CHECKPOINT).write_text("as it was")
+    for path in (tmp_path / part, tmp_path / part / files.CHECKPOINT):
+        assert run("finetune", "gpt1", "--checkpoint", path, "--out", tmp_path, "--overwrite") == 2
+        assert "fine-tuning would replace the --checkpoint that it starts from" in capsys.readouterr().err
+        assert (tmp_path / part / files.CHECKPOINT).read_text() == "as it was"
+
+
 TASKS = {"whole": 1, "topic": 2, "next": 5}  # texts of an example
 
 

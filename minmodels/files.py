@@ -68,12 +68,13 @@ class Metrics:
     def due(self) -> bool:
         return time.perf_counter() - self.flushed > 0.25
 
-    def flush(self) -> float:
-        """Writes the pending steps, reading their losses from the device at once; returns the mean of these."""
+    def flush(self) -> list[dict]:
+        """Writes the pending steps, reading their losses from the device at once; returns them."""
         losses = torch.stack([record["loss"] for record in self.pending]).tolist()
-        self.write(*({**record, "loss": loss} for record, loss in zip(self.pending, losses, strict=True)))
+        records = [{**record, "loss": loss} for record, loss in zip(self.pending, losses, strict=True)]
+        self.write(*records)
         self.pending, self.flushed = [], time.perf_counter()
-        return sum(losses) / len(losses)
+        return records
 
     def write(self, *records: dict):
         finite = ({key: value if math.isfinite(value) else None for key, value in record.items()} for record in records)  # NaN is no JSON

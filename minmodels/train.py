@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from rich.console import Console
@@ -75,13 +76,13 @@ def train(
             done, stop = run.progress() >= 1, bool(signals.number)
             evaluate = done or run.step % options.eval_every == 0
             if evaluate or stop or metrics.due():
-                loss = run.finite(metrics.flush())
+                losses = [run.finite(record["loss"], record["step"]) for record in metrics.flush()]
                 speed = (run.step - before[0]) * run.units / (run.seconds - before[1])
-                state = f"step {run.step:5d}  loss {loss:.3f}  {speed:6,.0f} {run.recipe.unit}/s"
+                state = f"step {run.step:5d}  loss {fmean(losses):.3f}  {speed:6,.0f} {run.recipe.unit}/s"
                 bar.update(task, completed=run.progress(), description=state)
             if evaluate:
                 scores = run.heldout()
-                run.finite(scores["heldout"])
+                run.finite(scores["heldout"], run.step)
                 metrics.write({"step": run.step, **scores, "seconds": run.seconds})
                 console.print(f"{state}  {told(scores)}", soft_wrap=True)
             if evaluate or stop:
@@ -184,13 +185,17 @@ class Run:
         with using(self.options.kernels):
             return self.recipe.finish(self.model, folder)
 
-    def finite(self, loss: float) -> float:
+    def finite(self, loss: float, step: int) -> float:
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step}: try a lower --lr than {self.options.lr}")
+            raise UserError(f"the loss is {loss} at step {step}: try a lower --lr than {self.options.lr}")
         return loss
 
     def save(self, path: Path):
-        tensors = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        weights = self.model.state_dict()
+        if wrong := [name for name, t in weights.items() if not t.isfinite().all()]:  # the last loss is that of the weights before these
+            kept = f", {path} is as it was" if path.exists() else ""
+            raise UserError(f"step {self.step} is not saved{kept}: {wrong[0]} is not finite, try a lower --lr than {self.options.lr}")
+        tensors = {f"model.{name}": t for name, t in weights.items()}
         for name, state in self._states():
             tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
         meta = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minmodels import Interrupted, UserError, files
 from minmodels.options import FINETUNED
-from minmodels.train import Trained, evaluate, train
+from minmodels.train import Trained, train
 
 
 def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare: bool) -> tuple[dict[str, dict[str, float]], str]:
@@ -29,7 +29,7 @@ def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare:
             scores[title] = train(name, {**given, **own}, resume=again, overwrite=overwrite)[0]
         except Trained as error:  # by the run that is resumed
             trained.append(error)
-            scores[title] = evaluate(name, own["out"])
+            scores[title] = error.scores
         except Interrupted as error:
             again = f"python -m minmodels finetune {model} --out {out} --resume{'' if compare else ' --no-compare'}"
             raise Interrupted(error.message, error.signal, again) from error

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 import minkernels
 from minmodels import Interrupted, UserError, exhibits, files, forked, page, speed
 from minmodels.data import text as textdata
-from minmodels.train import Signals, told
+from minmodels.train import Output, Signals, told
 
 GRACE = 90.0  # seconds at most for what a training does besides its steps: loading, evaluating, drawing
 USUAL = 4.0  # what that takes on a machine that nobody else uses
@@ -99,7 +99,7 @@ def showcase(
     A script that calls this needs `if __name__ == "__main__":`, as with all of multiprocessing.
     Raises: UserError for a text that cannot be read, a folder that cannot be written, and if no model could be trained; Interrupted.
     """
-    console, folder, start = Console(highlight=False, markup=False), Path(out), time.perf_counter()
+    console, folder, start = Output(), Path(out), time.perf_counter()
     if text:
         textdata.read(text)
     with files.writing(folder):

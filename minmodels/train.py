@@ -24,7 +24,19 @@ from minmodels.recipes import check_model, recipe
 
 
 class Trained(UserError):
-    """A run that has nothing left to do."""
+    """A run that has nothing left to do; scores: what train() would have returned."""
+
+    def __init__(self, message: str, scores: dict[str, float]):
+        super().__init__(message)
+        self.scores = scores
+
+
+class Output(Console):
+    def __init__(self):
+        super().__init__(highlight=False, markup=False)
+
+    def on_broken_pipe(self):
+        raise BrokenPipeError  # rich itself would end the process, with status 1
 
 
 def train(
@@ -35,11 +47,12 @@ def train(
     given: options of that model, by name. With resume, those not given are as in the checkpoint; all but the FREE ones must be as there.
     Writes out/run.json: model, config and options; out/checkpoint.safetensors at each evaluation, at the end and when
         interrupted; out/metrics.jsonl: a line a step {step, loss, lr, seconds} and a line an evaluation {step, heldout, ..., seconds},
-        seconds being those spent in training steps; and at the end out/loss.png, and what pictures the model has.
+        seconds being those spent in training steps; and at the end out/loss.png, and what pictures the model has. With resume, a run that
+        has nothing left to do draws these again.
     SIGINT or SIGTERM ends the run after the present step, with a checkpoint; a second one ends it at once.
-    Raises: UserError for bad input, a disk that is full, a loss that is not finite; Interrupted.
+    Raises: UserError for bad input, a disk that is full, a loss that is not finite; Trained; Interrupted.
     """
-    console = console or Console(highlight=False, markup=False)
+    console = console or Output()
     given = {**given, "out": given.get("out") or f"runs/{name}"}
     path = Path(given["out"]) / files.CHECKPOINT
     if resume:
@@ -55,8 +68,9 @@ def train(
     if resume:
         run.restore(tensors, meta)
     if run.progress() >= 1:
-        spent = f"{run.step} steps, {run.seconds / 60:.1f} minutes"
-        raise Trained(f"{path} is trained already ({spent}): ask for more with --steps or --minutes")
+        scores, spent = run.heldout(), f"{run.step} steps, {run.seconds / 60:.1f} minutes"
+        run.finish(path.parent)
+        raise Trained(f"{path} is trained already ({spent}), its pictures are drawn anew: ask for more with --steps or --minutes", scores)
     with files.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not resume:
@@ -84,15 +98,13 @@ def train(
                 scores = run.heldout()
                 run.finite(scores["heldout"], run.step)
                 metrics.write({"step": run.step, **scores, "seconds": run.seconds})
-                console.print(f"{state}  {told(scores)}", soft_wrap=True)
             if evaluate or stop:
                 run.save(path)
+            if evaluate:  # only now: who reads this may be gone
+                console.print(f"{state}  {told(scores)}", soft_wrap=True)
     if not done:
         again = f"python -m minmodels train {name} --out {path.parent} --resume"
         raise Interrupted(f"interrupted; {path} holds step {run.step}", signals.number, again)
-    title = f"{name} learns {run.recipe.data.split(':')[0]}"
-    with files.replacing(path.with_name("loss.png")) as part:
-        loss_figure(path.with_name(files.METRICS), title, run.recipe.loss_unit).savefig(part)
     return scores, run.finish(path.parent)
 
 
@@ -181,6 +193,10 @@ class Run:
 
     @torch.no_grad()
     def finish(self, folder: Path) -> str:
+        """Draws the pictures, after heldout(); returns the last line that training prints."""
+        figure = loss_figure(folder / files.METRICS, f"{self.name} learns {self.recipe.data.split(':')[0]}", self.recipe.loss_unit)
+        with files.replacing(folder / "loss.png") as part:
+            figure.savefig(part)
         self.model.eval()
         with using(self.options.kernels):
             return self.recipe.finish(self.model, folder)

@@ -1,5 +1,6 @@
 """Checkpoints through the command line: what is refused, what is kept when a run fails, and what is said of it."""
 
+import io
 import os
 import re
 
@@ -117,6 +118,30 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypa
     assert tiny(book, out, "--steps", 9, "--eval-every", 4) == 2
     assert capsys.readouterr().err == "error: the loss is inf at step 6: try a lower --lr than 0.015\n"  # of the first, whenever it is read
     assert files.load_checkpoint(out)[1]["step"] == 4
+
+
+def test_a_reader_who_has_had_enough_loses_no_checkpoint(book, tmp_path, monkeypatch):
+    class Pipe(io.StringIO):
+        def write(self, text):
+            if "held-out" in text:
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr("sys.stdout", Pipe())
+    assert tiny(book, tmp_path / "run", "--steps", 9, "--eval-every", 4) == 128 + 13
+    assert files.load_checkpoint(tmp_path / "run")[1]["step"] == 4
+
+
+def test_pictures_that_were_not_drawn_are_drawn_by_resuming(book, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(train, "loss_figure", interrupted)
+        assert tiny(book, tmp_path / "run", "--steps", 2) == 130
+    assert run("train", "gpt", "--out", tmp_path / "run", "--resume") == 2
+    assert "is trained already (2 steps, 0.0 minutes), its pictures are drawn anew: " in capsys.readouterr().err
+    assert (tmp_path / "run" / "loss.png").exists()
 
 
 def test_an_interrupt_does_not_save_weights_that_are_not_finite(book, tmp_path, monkeypatch, capsys):

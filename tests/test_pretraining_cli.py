@@ -109,6 +109,12 @@ def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained,
     assert re.search(r"error: .* is trained already \(6 steps", capsys.readouterr().err)
 
 
+def test_a_dropout_of_everything_is_refused(book, tmp_path, capsys):
+    assert pretrain("gpt1", book, tmp_path / "gpt1", "--steps", 1) == 0
+    assert finetune(("gpt1", tmp_path / "gpt1"), tmp_path / "run", "--dropout", 1) == 2
+    assert capsys.readouterr().err == "error: dropout must be from 0 to less than 1, got 1.0\n"
+
+
 @pytest.mark.parametrize("part", ["", "scratch"])
 def test_a_fine_tuning_does_not_replace_its_pretraining(part, tmp_path, capsys):
     (tmp_path / part).mkdir(exist_ok=True)

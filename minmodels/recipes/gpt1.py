@@ -71,7 +71,10 @@ class GPT1TaskRecipe(TaskRecipe):
         tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
         check_model("gpt1", meta, checkpoint)
         tensors = {"transformer." + name.removeprefix("model."): t for name, t in tensors.items()}
-        config = GPT1Config(**{**meta["config"], "dropout": self.options.dropout})
+        try:
+            config = GPT1Config(**{**meta["config"], "dropout": self.options.dropout})
+        except ValueError as error:
+            raise UserError(str(error)) from error
         return config, Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"], tensors
 
     @staticmethod

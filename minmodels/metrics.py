@@ -122,7 +122,7 @@ def coco_ap(
             box[:, :2] -= box[:, 2:] / 2
     area = gts.box[:, 2] * gts.box[:, 3] if gts.area is None else gts.area
     crowd = np.zeros(len(area), np.uint8) if gts.flag is None else gts.flag
-    precision, recall, scores = _host().coco_ap(
+    precision, recall, scores = host().coco_ap(
         gts.box, gts.image, gts.category, area, crowd, dets.box, dets.image, dets.category, dets.score,
         scene.images, K, IOUS, RECALLS, list(AREAS.values()), MAX_DETS, threads,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def voc_ap(
     scene = boxes.from_arrays(gts, dets, "difficult")
     gts, dets, K = scene.gts, scene.dets, len(scene.classes)
     difficult = np.zeros(len(gts.box), np.uint8) if gts.flag is None else gts.flag
-    outcome = _host().voc_match(
+    outcome = host().voc_match(
         gts.box, gts.image, gts.category, difficult, dets.box, dets.image, dets.category, dets.score,
         scene.images, K, iou_threshold, float(inclusive),
     )  # fmt: skip
@@ -280,7 +280,8 @@ def _place(value, among: Sequence, name: str) -> int:
     return among.index(value)
 
 
-def _host():
+def host():
+    """The C++ side. Raises ImportError where it is not built."""
     try:
         return importlib.import_module("minkernels._host")
     except ModuleNotFoundError as error:

@@ -276,7 +276,7 @@ BAD_FILES = {  # what is done to good files, which file is named, the rest of th
 
 @pytest.mark.parametrize("spoil, which, message", BAD_FILES.values(), ids=BAD_FILES)
 def test_bad_files(tmp_path, monkeypatch, spoil, which, message):
-    monkeypatch.setattr(metrics, "_host", lambda: pytest.fail("something was computed"))
+    monkeypatch.setattr(metrics, "host", lambda: pytest.fail("something was computed"))
     truth, results = cases.to_coco(*cases.make("grid", 1))
     spoil(truth, results)
     paths = write(tmp_path, truth, results)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -261,6 +262,7 @@ BAD_OPTIONS = {
     "train yolo --yolo . --images .": "error: --yolo takes a folder of its own, without --coco and --images",
     "train yolo --yolo nowhere": "nowhere/images is no folder",
     "train yolo --coco nowhere.json --images .": "nowhere.json: No such file or directory",
+    "train yolo --cells 1 --batch-size 1": "error: --cells 1 --batch-size 1: batch normalisation needs more than one cell",
     "train yolo --boxes 0": "must be a whole number from 1 on, got '0'",
     "segment x.png --checkpoint nowhere --out y": "error: there is no checkpoint at nowhere",
     "detect --checkpoint x --out y": "the following arguments are required: IMAGE",
@@ -274,3 +276,9 @@ def test_bad_options(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*line.split()) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_average_precision_that_cannot_be_computed_is_told_before_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "minkernels._host", None)
+    fails(capsys, run("train", "yolo", "--out", tmp_path / "run"), r"minkernels\._host is not built for this Python: .*")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import torch
 from minmodels import UserError, files
 from minmodels.data import detection, digits, images
 from minmodels.detect import figure, find
-from minmodels.metrics import coco_ap, voc_ap
+from minmodels.metrics import coco_ap, host, voc_ap
 from minmodels.minyolo import YOLO, YOLOConfig, encode
 from minmodels.options import YOLOOptions
 from minmodels.plot import precision_recall_figure
@@ -19,6 +19,12 @@ class YOLORecipe(Recipe):
 
     def __init__(self, options: YOLOOptions):
         super().__init__(options)
+        try:
+            host()  # which average precision needs
+        except ImportError as error:
+            raise UserError(str(error)) from error
+        if options.cells == options.batch_size == 1:
+            raise UserError("--cells 1 --batch-size 1: batch normalisation needs more than one cell, ask for more of either")
         self.scenes = scenes = _scenes(options, 16 * options.cells)
         self.config = YOLOConfig(scenes.channels, len(scenes.names), options.cells, options.boxes, options.width)
         self.sha256, self.data, self.model = scenes.sha256, scenes.about, self.new()

@@ -22,11 +22,12 @@ def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare:
         raise UserError(f"--out {out}: fine-tuning would replace the --checkpoint that it starts from; give another folder")
     for title, own in parts.items():
         again = resume and (own["out"] == str(out) or Path(own["out"], files.CHECKPOINT).exists())
+        meta = None
         if resume and not again:  # it had not begun: as the first part was asked for, and this command
-            saved = files.load_checkpoint(out, prefix="-")[1]["options"]
-            given = {**saved, **({"minutes": 0.0} if "steps" in given else {}), **given}
+            meta = files.load_checkpoint(out, prefix="-")[1]
+            given = {**meta["options"], **({"minutes": 0.0} if "steps" in given else {}), **given}
         try:
-            scores[title] = train(name, {**given, **own}, resume=again, overwrite=overwrite)[0]
+            scores[title] = train(name, {**given, **own}, resume=again, overwrite=overwrite, meta=meta)[0]
         except Trained as error:  # by the run that is resumed
             trained.append(error)
             scores[title] = error.scores

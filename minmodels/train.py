@@ -40,11 +40,12 @@ class Output(Console):
 
 
 def train(
-    name: str, given: dict, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    name: str, given: dict, *, resume: bool = False, overwrite: bool = False, meta: dict | None = None, console: Console | None = None
 ) -> tuple[dict[str, float], str]:
     """Trains the model of that name. Returns its last evaluation, and a line that says what can be done with it.
 
     given: options of that model, by name. With resume, those not given are as in the checkpoint; all but the FREE ones must be as there.
+    meta: of a checkpoint of the same model, from which a new run takes what Recipe.again() does.
     Writes out/run.json: model, config and options; out/checkpoint.safetensors at each evaluation, at the end and when
         interrupted; out/metrics.jsonl: a line a step {step, loss, lr, seconds} and a line an evaluation {step, heldout, ..., seconds},
         seconds being those spent in training steps; and at the end out/loss.png, and what pictures the model has. With resume, a run that
@@ -64,7 +65,7 @@ def train(
     else:
         options = MODELS[name].options.of(given)
     places = {key: str(Path(getattr(options, key)).resolve()) for key in _data(options) if getattr(options, key)}
-    run = Run(name, replace(options, **places))  # whole paths: it may be resumed from elsewhere
+    run = Run(name, replace(options, **places), meta)  # whole paths: it may be resumed from elsewhere
     if resume:
         run.restore(tensors, meta)
     if run.progress() >= 1:
@@ -112,7 +113,7 @@ def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
     """The scores of a trained model on its held-out data. given: options that may change, such as the device. Raises UserError."""
     tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
     check_model(name, meta, checkpoint)
-    run = Run(name, MODELS[name].options(**{**meta["options"], **given}))
+    run = Run(name, MODELS[name].options(**{**meta["options"], **given}), meta)
     run.check_data(meta)
     run.load_model(tensors)
     return run.heldout()
@@ -138,10 +139,10 @@ def _resumed(kind: type[TrainOptions], saved: dict, given: dict) -> TrainOptions
 class Run:
     """What a checkpoint holds: model, optimizers, the generator of the batches, the steps and seconds spent."""
 
-    def __init__(self, name: str, options: TrainOptions):
+    def __init__(self, name: str, options: TrainOptions, meta: dict | None = None):
         self.name, self.options, self.step, self.seconds = name, options, 0, 0.0
         self.device = pick_device(options.device)
-        self.recipe = recipe(name)(options)
+        self.recipe = recipe(name).again(options, meta) if meta else recipe(name)(options)
         self.units = options.batch_size * options.accumulate * self.recipe.units  # of a step
         self.model = self.recipe.model.to(self.device)
         self.called = torch.compile(self.model) if options.compile else self.model

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from collections import Counter
 from itertools import pairwise
 
@@ -70,7 +71,9 @@ def test_resuming_pretraining_repeats_the_losses_bit_for_bit(pretrained, book, t
 
 def test_resuming_a_fine_tuning_needs_no_more_than_its_folder(pretrained, tmp_path, monkeypatch, capsys):
     """Cut off in its first part, the second one is as the first was asked for; what it says to go on with does so."""
-    options = "--task", "topic", "--lr", 0.001, "--seed", 7
+    options, copy = ("--task", "topic", "--lr", 0.001, "--seed", 7), tmp_path / "pretrained"
+    shutil.copytree(pretrained[1], copy)
+    pretrained = pretrained[0], copy
     assert finetune(pretrained, tmp_path / "straight", *options) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     with monkeypatch.context() as m:
@@ -78,10 +81,13 @@ def test_resuming_a_fine_tuning_needs_no_more_than_its_folder(pretrained, tmp_pa
         assert finetune(pretrained, tmp_path / "run", *options) == 130
     again = re.search(r"To go on: python -m minmodels (.*)", capsys.readouterr().err)[1]
     assert again == f"finetune {pretrained[0]} --out {tmp_path / 'run'} --resume"
+    shutil.rmtree(copy)
     assert run(*again.split()) == 0
     assert capsys.readouterr().out.splitlines()[-1] == last.replace("straight", "run") and "scratch" not in last
     for part in (".", "scratch"):
         same(tmp_path / "straight" / part, tmp_path / "run" / part)
+    assert run("eval", FINETUNED[pretrained[0]], "--checkpoint", tmp_path / "run") == 0
+    assert f"accuracy {metrics(tmp_path / 'run', 'accuracy')[-1][1]:.3f}" in capsys.readouterr().out
 
 
 def test_resuming_a_fine_tuning_goes_on_in_the_part_that_was_cut_off(pretrained, tmp_path, monkeypatch, capsys):
@@ -177,6 +183,9 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
     capsys.readouterr()
     assert run("classify", model, "--checkpoint", tmp_path / "run", "the cat runs near the old farm") == 0
     assert re.match(r"[01]\.\d+  cat\n", capsys.readouterr().out)
+    path.write_text("\n".join(LINES[1:]))
+    assert run("eval", FINETUNED[model], "--checkpoint", tmp_path / "run") == 2
+    assert re.fullmatch(r"error: .*lines\.tsv: not the data that the checkpoint was trained on\n", capsys.readouterr().err)
 
 
 FILES = {

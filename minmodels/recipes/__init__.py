@@ -55,6 +55,11 @@ class Recipe(ABC):
         return ""
 
     @classmethod
+    def again(cls, options: TrainOptions, meta: dict) -> "Recipe":
+        """Of a run that goes on, or is judged, from a checkpoint with this meta."""
+        return cls(options)
+
+    @classmethod
     @abstractmethod
     def build(cls, meta: dict) -> nn.Module:
         """An untrained model for the tensors of a checkpoint with this meta."""

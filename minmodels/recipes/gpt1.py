@@ -65,7 +65,7 @@ class GPT1Recipe(Recipe):
 
 
 class GPT1TaskRecipe(TaskRecipe):
-    family, inner, limit = "gpt1", ("transformer.h.",), "n_positions"
+    family, inner, limit, kind_of_config = "gpt1", ("transformer.h.",), "n_positions", GPT1Config
 
     def pretrained(self, checkpoint):
         tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")

@@ -92,7 +92,7 @@ class BERTRecipe(Recipe):
 
 class BERTTaskRecipe(TaskRecipe):
     family, inner, limit = "minbert", ("bert.encoder.", "bert.pooler."), "max_position_embeddings"
-    kinds = "classification", "entailment", "similarity"  # one text, or two
+    kinds, kind_of_config = ("classification", "entailment", "similarity"), BERTConfig  # one text, or two
 
     def pretrained(self, checkpoint):
         from minmodels import bert_folder  # which loads checkpoints of this recipe

@@ -17,16 +17,22 @@ Sequence = tuple[list[int], list[int]]  # ids, segments
 
 
 class TaskRecipe(Recipe):
-    """A subclass says how texts become sequences and what the model makes of them."""
+    """A subclass gives its kind_of_config, and says how texts become sequences and what the model makes of them."""
 
     unit, loss_unit, kinds = "examples", "nats", tasks.KINDS
+    kind_of_config: type
 
-    def __init__(self, options: TaskOptions):
+    def __init__(self, options: TaskOptions, meta: dict | None = None):
+        """meta: of a checkpoint of such a run, which has what is needed of the pretraining but for the weights."""
         super().__init__(options)
-        if not options.checkpoint:
+        if meta:
+            self.config, self.tokenizer = self.kind_of_config(**meta["config"]), Tokenizer.from_str(meta["tokenizer"])
+            self.text, tensors = meta["text"], {}
+        elif options.checkpoint:
+            self.config, self.tokenizer, self.text, tensors = self.pretrained(options.checkpoint)
+        else:
             raise UserError("--checkpoint: it takes the folder of a pretraining to fine-tune it")
-        self.config, self.tokenizer, text, tensors = self.pretrained(options.checkpoint)
-        self.task = task = tasks.load(options.task, options.examples, text)
+        self.task = task = tasks.load(options.task, options.examples, self.text)
         if task.kind not in self.kinds:
             raise UserError(f"--task {options.task}: {self.family} learns {', '.join(self.kinds)}, not {task.kind}")
         self.train, self.held = self._encode(task.train), self._encode(task.heldout)
@@ -36,6 +42,10 @@ class TaskRecipe(Recipe):
         self.model = self.new()
         if not options.scratch:
             self.model.load_state_dict(tensors, strict=False)  # the task's own layer is new
+
+    @classmethod
+    def again(cls, options, meta):
+        return cls(options, meta if "text" in meta else None)  # older checkpoints do not have it
 
     @abstractmethod
     def pretrained(self, checkpoint: str):
@@ -76,7 +86,7 @@ class TaskRecipe(Recipe):
         return {"heldout": loss / len(labels), "accuracy": right / len(labels), "most frequent class": most / len(labels)}
 
     def extras(self):
-        return {"tokenizer": self.tokenizer.to_str(), "task": self._about()}
+        return {"tokenizer": self.tokenizer.to_str(), "text": self.text, "task": self._about()}
 
     def finish(self, model, folder):
         return ""  # of two such runs minmodels.finetune tells what can be done with one

@@ -46,13 +46,27 @@ def load_checkpoint(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], di
             meta = (f.metadata() or {}).get("minmodels")
             if meta is None:
                 raise UserError(f"{path} is a safetensors file, but no checkpoint of minmodels")
-            return {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}, json.loads(meta)  # noqa: SIM118
+            return {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}, dict(json.loads(meta))  # noqa: SIM118
     except FileNotFoundError as error:
         raise UserError(f"there is no checkpoint at {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, TypeError) as error:  # the last two: of what is JSON in it
         raise UserError(f"{path} is truncated, damaged, or no checkpoint: {error}") from error
+
+
+def records(path: Path, upto: float = math.inf) -> list[dict]:
+    """The lines of a metrics.jsonl up to that step; one that an interrupt cut off at the end is left out. Raises UserError."""
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                record = json.loads(line)
+                if record["step"] <= upto:
+                    found.append(record)
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: no record of a training, delete the line") from error
+    return found
 
 
 class Metrics:
@@ -60,10 +74,9 @@ class Metrics:
 
     def __init__(self, path: Path, upto: int):
         self.path, self.pending, self.flushed = path, [], time.perf_counter()
-        lines = path.read_text().splitlines(keepends=True) if upto and path.exists() else []
-        kept = "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= upto)
+        kept = records(path, upto) if upto and path.exists() else []
         with replacing(path) as part:
-            part.write_text(kept)
+            part.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def due(self) -> bool:
         return time.perf_counter() - self.flushed > 0.25

@@ -1,18 +1,18 @@
 """The picture of a training run, and that of average precision."""
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from minmodels import files
 from minmodels.metrics import Curve
 
 
 def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     """Training and held-out loss over the seconds of training, from the lines of metrics.jsonl."""
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = files.records(metrics)
     steps, tests = ([r for r in records if key in r] for key in ("loss", "heldout"))
     width = max(1, len(steps) // 100)
     parts = [steps[i : i + width] for i in range(0, len(steps), width)]

@@ -59,7 +59,7 @@ def train(
     if resume:
         tensors, meta = files.load_checkpoint(path)
         check_model(name, meta, path)
-        options = _resumed(MODELS[name].options, meta["options"], given)
+        options = _resumed(MODELS[name].options, _saved(name, meta, path), given)
     elif path.exists() and not overwrite:
         raise UserError(f"{path} exists: --resume continues it, --overwrite starts anew")
     else:
@@ -113,7 +113,7 @@ def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
     """The scores of a trained model on its held-out data. given: options that may change, such as the device. Raises UserError."""
     tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
     check_model(name, meta, checkpoint)
-    run = Run(name, MODELS[name].options(**{**meta["options"], **given}), meta)
+    run = Run(name, MODELS[name].options(**{**_saved(name, meta, checkpoint), **given}), meta)
     run.check_data(meta)
     run.load_model(tensors)
     return run.heldout()
@@ -125,6 +125,14 @@ def told(scores: dict) -> str:
 
 def _data(options) -> list[str]:
     return [key for key, f in options.__dataclass_fields__.items() if f.metadata.get("data")]
+
+
+def _saved(name: str, meta: dict, checkpoint) -> dict:
+    """The options in a checkpoint, which may be another version's."""
+    saved = meta["options"]
+    if unknown := saved.keys() - MODELS[name].options.__dataclass_fields__.keys():
+        raise UserError(f"{checkpoint} was trained with --{min(unknown).replace('_', '-')}, which this version does not have")
+    return saved
 
 
 def _resumed(kind: type[TrainOptions], saved: dict, given: dict) -> TrainOptions:
@@ -240,11 +248,14 @@ class Run:
         self.check_data(meta)
         self.load_model(tensors)
         states = dict(self._states())
-        for key, t in tensors.items():
-            if key.startswith("optimizer."):
-                name, _, slot = key.removeprefix("optimizer.").rpartition(".")
-                states[name][slot] = t.to(self.device)
-        self.generator.set_state(tensors["generator"])
+        try:
+            for key, t in tensors.items():
+                if key.startswith("optimizer."):
+                    name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+                    states[name][slot] = t.to(self.device)
+            self.generator.set_state(tensors["generator"])
+        except (KeyError, RuntimeError) as error:  # RuntimeError: of set_state()
+            raise UserError(f"the checkpoint is damaged: its optimizer or generator does not fit ({error})") from error
         self.step, self.seconds = meta["step"], meta["seconds"]
 
     def _states(self):

@@ -34,6 +34,8 @@ def damaged(kind, tmp_path, book):
         os.truncate(checkpoint, 0)
     elif kind == "not-safetensors":
         checkpoint.write_bytes(b"PK\3\4" * 100)
+    elif kind == "no-json":
+        save_file({"wte.weight": torch.zeros(3, 4)}, checkpoint, {"minmodels": "{"})
     elif kind == "foreign":
         save_file({"wte.weight": torch.zeros(3, 4)}, checkpoint)
     return path
@@ -46,6 +48,7 @@ def damaged(kind, tmp_path, book):
         "truncated": "is truncated, damaged, or no checkpoint: ",
         "empty": "is truncated, damaged, or no checkpoint: ",
         "not-safetensors": "is truncated, damaged, or no checkpoint: ",
+        "no-json": "is truncated, damaged, or no checkpoint: ",
         "foreign": "is a safetensors file, but no checkpoint of minmodels",
     }.items(),
 )
@@ -118,6 +121,32 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypa
     assert tiny(book, out, "--steps", 9, "--eval-every", 4) == 2
     assert capsys.readouterr().err == "error: the loss is inf at step 6: try a lower --lr than 0.015\n"  # of the first, whenever it is read
     assert files.load_checkpoint(out)[1]["step"] == 4
+
+
+DAMAGE = {  # of (tensors, meta), or of the metrics; the message
+    "option": (lambda t, meta: meta["options"].update(n_expert=4), "was trained with --n-expert, which this version does not have"),
+    "generator": (lambda t, meta: t.pop("generator"), r"the checkpoint is damaged: .* does not fit \('generator'\)"),
+    "optimizer": (lambda t, meta: t.update({"optimizer.x.exp_avg": torch.zeros(1)}), r"the checkpoint is damaged: .* \('x'\)"),
+    "metrics": (None, r"metrics\.jsonl, line 2: no record of a training, delete the line"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_a_run_that_cannot_go_on(book, tmp_path, capsys, change, message):
+    out = tmp_path / "run"
+    assert tiny(book, out, "--steps", 2) == 0
+    if change:
+        tensors, meta = files.load_checkpoint(out)
+        change(tensors, meta)
+        files.save_checkpoint(out / files.CHECKPOINT, tensors, meta)
+    else:
+        (out / files.METRICS).write_text('{"step": 1}\nno JSON\n{"step": 2}\n')
+    capsys.readouterr()
+    assert run("train", "gpt", "--out", out, "--resume", "--steps", 3) == 2
+    assert re.fullmatch(f"error: .*{message}\n", capsys.readouterr().err)
+    if "n-expert" in message:
+        assert run("eval", "gpt", "--checkpoint", out) == 2
+        assert re.fullmatch(f"error: .*{message}\n", capsys.readouterr().err)
 
 
 def test_a_reader_who_has_had_enough_loses_no_checkpoint(book, tmp_path, monkeypatch):

@@ -45,6 +45,8 @@ CLASSIFY_EXAMPLES = """examples:
 SHOWCASE_EXAMPLES = """example:
   python -m minmodels showcase --text book.txt --minutes 2 --out runs/book"""
 
+NO_MEMORY = "can't allocate memory", "out of memory", "Storage size calculation overflowed"  # PyTorch's RuntimeErrors of it
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit status: 0, 2 for what the user can mend, 128 + n where signal n ended it."""
@@ -63,6 +65,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         _drop_output()
         print(f"error: {error.filename or 'what it prints cannot be written'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
+            raise
+        print("error: not enough memory, ask for smaller sizes or batches.", str(error).partition("\n")[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -221,6 +221,7 @@ BAD_OPTIONS = {
     "train gpt --minutes 0": "must be more than 0, got '0'",
     "train gpt --dtype float16": "invalid choice: 'float16'",
     "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
+    "train gpt --n-embd 4000000": "error: not enough memory, ask for smaller sizes or batches. ",
     "train gpt --device nowhere": "error: device nowhere cannot be used: ",
     "generate gpt": "the following arguments are required: --checkpoint",
     "generate gpt --checkpoint x --temperature -1": "must be a number from 0 on, got '-1'",
@@ -235,6 +236,16 @@ def test_bad_options(line, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run(*line.split()) == 2
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB\nmore"), MemoryError()], ids=str)
+def test_too_little_memory_for_a_step(book, tmp_path, monkeypatch, capsys, error):
+    def full(self):
+        raise error
+
+    monkeypatch.setattr(train.Run, "train_step", full)
+    assert tiny(book, tmp_path / "run") == 2
+    assert re.fullmatch(r"error: not enough memory, ask for smaller sizes or batches\. (CUDA out of.* 8 GiB)?\n", capsys.readouterr().err)
 
 
 def test_a_prompt_with_unknown_characters(book, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Training of any model, by its recipe. A resumed run has the losses of an unbroken one, bit for bit."""
+"""Training of any model, by its recipe. A resumed run has the losses of an unbroken one, on as many threads bit for bit."""
 
 import contextlib
 import json

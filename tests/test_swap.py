@@ -11,36 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-from torch.utils.checkpoint import checkpoint
 
 import minkernels
 from minkernels import SwapReport, swap, swapped, unswap
-from swap_cases import Graphs, batch, module_judged, ours
+from swap_cases import Attention, Graphs, batch, module_judged, ours
 
 pytestmark = [
     pytest.mark.usefixtures("library"),
     pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning", "ignore:enable_nested_tensor:UserWarning", "ignore:Support for mis"),
 ]
-
-
-def attend(q, k, v):
-    return sdpa(q, k, v)
-
-
-class Attention(nn.Module):
-    """As timm's: F.scaled_dot_product_attention, here in a function of the same package that a method calls."""
-
-    def __init__(self, width=32, heads=4):
-        super().__init__()
-        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return self.proj(self.heads_of(x).transpose(1, 2).flatten(2))
-
-    def heads_of(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return attend(q, k, v)
 
 
 class Processor:
@@ -217,35 +196,6 @@ def test_modules_whose_forward_was_generated():
         loss, names = ours(model[name], x)
         assert names == ["sigmoid_loss_fwd"]
         torch.testing.assert_close(loss, Generated()(x))
-
-
-class Checkpointed(Attention):
-    def forward(self, x):
-        return self.proj(checkpoint(self.heads_of, x, use_reentrant=False).transpose(1, 2).flatten(2))
-
-
-def test_checkpoints():
-    """A backward recomputes outside the scope of a forward: such a module is left. Around a swapped module all is well."""
-    model, x = nn.ModuleList([Checkpointed(), Attention()]), torch.randn(2, 5, 32, requires_grad=True)
-    report = swap(model)
-    assert [r.where for r in report.replaced] == ["1"] and [left.where for left in report.left] == ["0"]
-    assert "checkpoint, sdpa  because: what is recomputed" in str(report)
-    expected = [*torch.autograd.grad(model[1](x).square().sum(), x)]
-    recomputed = torch.autograd.grad(checkpoint(model[1], x, use_reentrant=False).square().sum(), x)
-    torch.testing.assert_close([*recomputed], expected, rtol=0, atol=0)
-
-    def attend_dropping(v):
-        return sdpa(v, v, v.flip(-1), dropout_p=0.5)
-
-    v, scopes = torch.randn(1, 2, 9, 8, requires_grad=True), dict(context_fn=lambda: (swapped(), swapped()))
-    grads = []
-    for call in (attend_dropping, functools.partial(checkpoint, attend_dropping, use_reentrant=False, **scopes)):
-        torch.manual_seed(3)
-        with swapped():
-            out, names = ours(call, v)
-        assert names == ["attention_fwd"]
-        grads.append(torch.autograd.grad(out.square().sum(), v)[0])
-    assert torch.equal(*grads)
 
 
 def test_a_part():

@@ -37,14 +37,10 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
         if cls.forward is known.forward:
             yield from _unless_replaced(Swap(where, f"nn.{known.__name__}", by, module, changes(module)))
             return
-    inside, outside = calls_of(cls, "forward")
-    package = cls.__module__.partition(".")[0]
-    for helper in {type(value) for value in vars(module).values()}:  # the processors of diffusers, say
-        if helper.__module__.partition(".")[0] == package and not issubclass(helper, nn.Module):
-            inside = inside | calls_of(helper, "__call__")[0]
+    inside, outside = _called(module, calls_of), calls_of(cls, "forward")[1]
     names = tuple(name for name in NAMES if name in inside.values())
-    if names and CHECKPOINT in inside.values():
-        yield Left(where, ", ".join(sorted(inside)), "what is recomputed in a backward would be outside the scope of its forward")
+    if names and (inner := _recomputing(module, names, calls_of)):
+        yield Left(where, ", ".join(sorted(inside)), f"what {inner} recomputes in a backward would be outside the scope of its forward")
     elif names:
         change = forward(module, functools.partial(_inside, Functions(names)))
         by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
@@ -55,6 +51,23 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
     outside = sorted(spelled for spelled, name in outside.items() if name != CHECKPOINT)
     if outside:
         yield Left(where, ", ".join(outside), "not called by forward: run what calls it inside swapped()")
+
+
+def _called(module: nn.Module, calls_of: Callable) -> dict[str, str]:
+    inside, package = calls_of(type(module), "forward")[0], type(module).__module__.partition(".")[0]
+    for helper in {type(value) for value in vars(module).values()}:  # the processors of diffusers, say
+        if helper.__module__.partition(".")[0] == package and not issubclass(helper, nn.Module):
+            inside = inside | calls_of(helper, "__call__")[0]
+    return inside
+
+
+def _recomputing(module: nn.Module, names: tuple[str, ...], calls_of: Callable) -> str | None:
+    """The module inside, "it" for itself, whose forward calls a checkpoint and one of these functions, perhaps in it."""
+    for where, inner in module.named_modules():
+        called = {*_called(inner, calls_of).values()}
+        if CHECKPOINT in called and not called.isdisjoint(names):
+            return where or "it"
+    return None
 
 
 def _unless_replaced(swap: Swap) -> Iterator[Swap | Left]:

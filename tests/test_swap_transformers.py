@@ -18,6 +18,7 @@ from minkernels.swap import transformers as adapter
 from transformers_cases import (
     CAUSAL,
     GPT2,
+    GQA,
     MODELS,
     NO_DROPOUT,
     SMALL,
@@ -63,6 +64,26 @@ def test_generate(library, name, cache):
         for model in (make(name), swapped(name))
     ]
     assert made[0].shape[1] >= 9 and torch.equal(*made)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "Gemma4ForCausalLM"), reason="not in this version")
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_from_layers_that_share_keys(library, cache):
+    """Their queries, and the rows of their masks, are cut to those of the logits."""
+    options = GQA | dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2)
+    options |= dict(sliding_window=4, global_head_dim=8, vocab_size_per_layer_input=V, hidden_size_per_layer_input=8)
+    torch.manual_seed(0)
+    config = transformers.Gemma4TextConfig(**options, attn_implementation="eager")
+    plain = transformers.Gemma4ForCausalLM(config).eval()
+    ours, given = copy.deepcopy(plain), inputs_of("llama", "left")[0]
+    minkernels.swap(ours)
+    prompt = {k: x for k, x in given.items() if k != "labels"}
+    made = [
+        model.generate(**prompt, max_new_tokens=9, min_new_tokens=9, do_sample=False, cache_implementation=cache)
+        for model in (plain, ours)
+    ]
+    assert torch.equal(*made)
+    torch.testing.assert_close(ours(**given).loss, plain(**given).loss)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])

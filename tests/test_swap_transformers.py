@@ -282,6 +282,10 @@ def test_two_models_of_one_config():
     assert config._attn_implementation == _hf_attention.NAME
     minkernels.unswap(second)
     assert config._attn_implementation == "eager"
+    minkernels.swap(first)
+    del first  # without unswap, and the second was not swapped
+    gc.collect()
+    assert config._attn_implementation == "eager"
 
 
 class Wrapped(nn.Module):

@@ -47,10 +47,7 @@ class Implementation:
 
     def revert(self):
         _live.discard(self)
-        used = any(x.config is self.config for x in _live)
-        if not used and self.config._attn_implementation == NAME:  # else somebody has set another since
-            self.config._attn_implementation_internal = self.before
-        _unregister()
+        _restore(self.config, self.before)
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -59,12 +56,15 @@ class Implementation:
 
     def _register(self):
         _live.add(self)
-        weakref.finalize(self, _unregister).atexit = False  # a model that is dropped as it is
+        weakref.finalize(self, _restore, self.config, self.before).atexit = False  # a model that is dropped as it is
         for interface, function in zip(_interfaces(), (attend, mask), strict=True):
             interface.register(NAME, function)
 
 
-def _unregister():
+def _restore(config, before):
+    used = any(x.config is config for x in _live)
+    if not used and config._attn_implementation == NAME:  # else somebody has set another since
+        config._attn_implementation_internal = before
     if not any(True for _ in _live):
         for interface in _interfaces():
             interface._global_mapping.pop(NAME, None)

@@ -1,8 +1,6 @@
 """swap, unswap and swapped of models made of torch.nn and of code that calls its functions."""
 
 import copy
-import functools
-import pickle
 import subprocess
 import sys
 import types
@@ -14,7 +12,7 @@ from torch import nn
 
 import minkernels
 from minkernels import SwapReport, swap, swapped, unswap
-from swap_cases import Attention, Graphs, batch, module_judged, ours
+from swap_cases import Attention, Graphs, Model, batch, module_judged, ours
 
 pytestmark = [
     pytest.mark.usefixtures("library"),
@@ -63,20 +61,6 @@ class Trainer(nn.Module):
 
     def training_step(self, x, target):
         return F.cross_entropy(self(x), target)
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-        self.attn = Attention()
-        self.head = nn.Linear(32, 7)
-        self.loss = nn.CrossEntropyLoss(ignore_index=3)
-
-    def forward(self, x, target, padding=None):
-        x = self.attn(self.encoder(x, src_key_padding_mask=padding))
-        return self.loss(self.head(x).flatten(0, 1), target.flatten())
 
 
 def state_of(model):
@@ -155,32 +139,6 @@ def test_taken_back_bit_for_bit():
     assert same(state_of(model), before)
 
 
-def test_swapped_before_stays():
-    model = Model()
-    swap(model)
-    with swapped(model) as report:
-        assert report.replaced == () and len(report.already) == 7
-    assert len(unswap(model)) == 7
-
-
-def test_only_what_the_scope_swapped_is_taken_back():
-    model = Model()
-    swap(model.encoder)
-    with swapped(model) as report:
-        assert (len(report.replaced), len(report.already)) == (2, 5)
-    assert len(unswap(model)) == 5 and not unswap(model)
-
-
-def test_what_was_set_since_stays():
-    model = Attention()
-    swap(model)
-    model.forward = around = functools.partial(lambda inner, x: inner(x) + 1, model.forward)
-    unswap(model)
-    assert model.forward is around
-    with torch.no_grad():
-        assert ours(model, torch.randn(2, 5, 32))[1] == ["attention_fwd"]  # it still calls ours
-
-
 class Generated(nn.Module):
     def forward(self, x):
         return F.binary_cross_entropy_with_logits(x, torch.ones_like(x))
@@ -226,16 +184,6 @@ def test_inside_swapped():
     unswap(model)
 
 
-def test_forward_replaced_by_others():
-    model = nn.Sequential(Attention(), nn.CrossEntropyLoss())
-    for module in model:
-        module.forward = functools.partial(type(module).forward, module)  # as accelerate does
-    kept = [module.forward for module in model]
-    report = swap(model)
-    assert not report.replaced and [x.why for x in report.left] == ["something else has replaced its forward"] * 2
-    assert [module.forward for module in model] == kept
-
-
 def test_models_of_transformers_are_anothers(monkeypatch):
     class PreTrainedModel(Model):
         pass
@@ -248,21 +196,6 @@ def test_models_of_transformers_are_anothers(monkeypatch):
     report = swap(nn.ModuleDict({"theirs": nn.ModuleList([theirs]), "ours": nn.BCEWithLogitsLoss()}))
     inside = ["theirs.0.encoder.layers.0.self_attn", "theirs.0.encoder.layers.1.self_attn", "theirs.0.attn", "theirs.0.loss"]
     assert {r.where for r in report.replaced} >= {*inside, "ours"} and "theirs.0" not in {r.where for r in report.replaced}
-
-
-def test_copies():
-    model, (x, target, padding) = Model(), batch()
-    swap(model)
-    expected = model(x, target, padding)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        names = ours(twin, x, target, padding)[1]
-        assert names == ["attention_fwd"] * 3 + ["cross_entropy_fwd"]
-        assert torch.equal(twin(x, target, padding), expected)
-        with torch.no_grad():
-            twin.head.weight.zero_()  # its own weights, not those of the first
-        assert torch.equal(model(x, target, padding), expected)
-        assert len(unswap(twin)) == 7 and ours(twin, x, target, padding)[1] == []
-    assert ours(model.double().eval(), x.double(), target, padding)[1] == names
 
 
 @pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "ce", "bce"])

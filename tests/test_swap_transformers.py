@@ -294,12 +294,21 @@ class Wrapped(nn.Module):
         self.parts = nn.ModuleList([text, image])
 
 
-def test_an_implementation_set_since_is_kept():
-    model = make("gpt2")
-    minkernels.swap(model)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_an_implementation_set_since_is_kept(name):
+    model = make(name)
+    first = minkernels.swap(model)
     model.set_attn_implementation("sdpa")
     minkernels.unswap(model)
     assert model.config._attn_implementation == "sdpa"
+    minkernels.swap(model)
+    before = everything(model)
+    model.set_attn_implementation("eager")
+    again = minkernels.swap(model)
+    assert [by for *_, by in again.replaced] == ["attention"] and len(again.already) == len(first.replaced) - 1
+    assert everything(model)[2:] == before[2:]
+    minkernels.unswap(model)
+    assert model.config._attn_implementation == "eager"
 
 
 def test_models_inside_a_module():

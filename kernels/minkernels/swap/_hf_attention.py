@@ -45,6 +45,9 @@ class Implementation:
         self._register()
         self.config._attn_implementation_internal = NAME
 
+    def in_force(self):
+        return self.config._attn_implementation == NAME
+
     def revert(self):
         _live.discard(self)
         _restore(self.config, self.before)

@@ -24,20 +24,25 @@ def swap(model: nn.Module, *, linear_cross_entropy: bool = False, strict: bool =
     strict: raise where anything is left, instead of saying so in the report.
     Parameters, buffers, hooks and the state dict stay as they are; results are the same within rounding. What we cannot serve is left as
     it is and named in the report; a call with an option that we lack takes the model's own road. unswap(model) takes all of it back. A
-    second swap changes nothing more.
+    second swap puts back what somebody has undone since, and changes nothing more.
 
     Returns: SwapReport, what was replaced by what, what was left and why, what had been swapped before. str() of it is a table.
-    Raises: TypeError: model is no nn.Module. ValueError, with nothing changed: strict, and something was left or there was nothing to swap.
+    Raises: TypeError: model is no nn.Module. ValueError, with nothing changed: strict, and something was left or there was nothing to swap;
+        or a shallow copy of a swapped module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    already, taken = tuple(_recorded(model)), _keys(model)
+    recorded = [*_recorded(model)]
+    already = [s for s in recorded if s.in_force()]
+    taken = set().union(*(s.keys for s in already))
     planned = [found for adapter in _adapters() for found in adapter.plan(model, linear_cross_entropy=linear_cross_entropy)]
-    swaps = [s for s in planned if isinstance(s, Swap) and taken.isdisjoint(change.key for change in s.changes)]
+    swaps = [s for s in planned if isinstance(s, Swap) and taken.isdisjoint(s.keys)]
     left = [found for found in planned if isinstance(found, Left)]
     report = SwapReport(tuple(map(Swap.told, swaps)), tuple(left), tuple(map(Swap.told, already)))
     if strict and (left or not (swaps or already)):
         raise ValueError(f"swap(strict=True): not all of it can be swapped, so nothing was\n{report}")
+    again = set().union(*(s.keys for s in swaps))
+    _take_back([s for s in recorded if not again.isdisjoint(s.keys)])
     done = []
     try:
         for change in (change for s in swaps for change in s.changes):
@@ -56,7 +61,7 @@ def unswap(model: nn.Module) -> tuple[Replaced, ...]:
     """Takes back every swap in a model and its submodules. Returns what was taken back, empty if nothing was."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return _take_back(model)
+    return _take_back([*_recorded(model)])
 
 
 @contextlib.contextmanager
@@ -75,21 +80,19 @@ def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | 
         with functions():
             yield None
         return
-    before = _keys(model) if isinstance(model, nn.Module) else set()
+    before = [s.changes for s in _recorded(model)] if isinstance(model, nn.Module) else []
     report = swap(model, **options)
     try:
         yield report
     finally:
-        _take_back(model, before)
+        _take_back([s for s in _recorded(model) if s.changes not in before])
 
 
 def _adapters() -> list:
     return [importlib.import_module(f"minkernels.swap.{name}") for name, package in ADAPTERS.items() if package in sys.modules]
 
 
-def _take_back(model: nn.Module, kept: set[tuple] = frozenset()) -> tuple[Replaced, ...]:
-    """All swaps but those of the changes that are to be kept."""
-    swaps = [s for s in _recorded(model) if kept.isdisjoint(change.key for change in s.changes)]
+def _take_back(swaps: list[Swap]) -> tuple[Replaced, ...]:
     for s in swaps:
         for change in s.changes:
             change.revert()
@@ -99,11 +102,9 @@ def _take_back(model: nn.Module, kept: set[tuple] = frozenset()) -> tuple[Replac
     return tuple(map(Swap.told, swaps))
 
 
-def _keys(model: nn.Module) -> set[tuple]:
-    return {change.key for s in _recorded(model) for change in s.changes}
-
-
 def _recorded(model: nn.Module) -> Iterator[Swap]:
     for where, module in model.named_modules():
         for s in vars(module).get(RECORD, ()):
+            if s.module is not module:
+                raise ValueError(f"{where or 'model'} is a shallow copy of a swapped module and runs that one's forward: use copy.deepcopy")
             yield s._replace(where=where)

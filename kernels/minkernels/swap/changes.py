@@ -53,9 +53,11 @@ class Attribute:
         self.before = vars(self.owner).get(self.name, self.MISSING)
         vars(self.owner)[self.name] = self.value
 
+    def in_force(self) -> bool:
+        return vars(self.owner).get(self.name, self.MISSING) == self.value
+
     def revert(self):
-        present = vars(self.owner).get(self.name, self.MISSING)
-        if present is not self.value and present != self.value:
+        if not self.in_force():
             return  # somebody has set another since
         if self.before is self.MISSING:
             vars(self.owner).pop(self.name, None)
@@ -70,7 +72,14 @@ class Swap(NamedTuple):
     what: str
     by: str
     module: nn.Module  # remembers it
-    changes: tuple  # of Attribute or of what has its key, apply() and revert()
+    changes: tuple  # of Attribute or of what has its key, apply(), in_force() and revert()
+
+    @property
+    def keys(self) -> set[tuple]:
+        return {change.key for change in self.changes}
+
+    def in_force(self) -> bool:
+        return all(change.in_force() for change in self.changes)
 
     def told(self) -> Replaced:
         return Replaced(self.where, self.what, self.by)

@@ -91,7 +91,8 @@ def _attention(where, model, kind):
         name, module = configs[at][0]
         changes = [_hf_attention.Implementation(module.config)]
         for _, m in configs[at]:
-            if vars(m).get("_attn_implementation") == module.config._attn_implementation:  # what some models copy when they are made
+            copied = vars(m).get("_attn_implementation")  # by some models, when they are made
+            if copied in (module.config._attn_implementation, _hf_attention.NAME):
                 changes.append(Attribute(m, "_attn_implementation", _hf_attention.NAME))
         yield Swap(name, what, "attention", module, tuple(changes))
     for at, ((name, module), *_) in configs.items():

@@ -195,19 +195,25 @@ def test_layers_are_stateless():
         assert [*inspect.signature(ours_.forward).parameters][1:] == [*inspect.signature(theirs.forward).parameters][1:]
 
 
+class Halved(nn.CrossEntropyLoss):
+    def forward(self, input, target):
+        return super().forward(input, target) / 2
+
+
 @pytest.mark.parametrize("by", ["hand", "kernels"])
 def test_kernels_layout(tmp_path, by, monkeypatch, capsys):
     """By hand, as kernels does it; and by kernels where that is installed."""
     monkeypatch.setattr(sys, "argv", ["minkernels", "kernels-layout", str(tmp_path / "new")])
     assert main() == 0 and "torch-cuda" in capsys.readouterr().out
     modules = nn.ModuleDict({name: getattr(nn, name)(*(8, 2) if name == "MultiheadAttention" else ()) for name in LAYERS})
+    modules["theirs"] = Halved()
     if by == "kernels":
         pytest.importorskip("kernels.layer")  # kernels alone may be a folder of that name
         import kernels
 
         for name in LAYERS:
             monkeypatch.setattr(getattr(nn, name), "kernel_layer_name", name, raising=False)
-            monkeypatch.setattr(getattr(nn, name), "kernel_condition", staticmethod(lambda module: True), raising=False)
+            monkeypatch.setattr(getattr(nn, name), "kernel_condition", staticmethod(layers.plain), raising=False)
         mapping = {name: {"cpu": kernels.LocalLayerRepository(tmp_path / "new", layer_name=name)} for name in LAYERS}
         with kernels.use_kernel_mapping(mapping):
             kernels.kernelize(modules, mode=kernels.Mode.TRAINING | kernels.Mode.TORCH_COMPILE, device="cpu")
@@ -220,7 +226,9 @@ def test_kernels_layout(tmp_path, by, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, metadata["id"], package)
         spec.loader.exec_module(package)
         for name, module in modules.items():
-            module.forward = types.MethodType(getattr(package.layers, name).forward, module)
+            if layers.plain(module):
+                module.forward = types.MethodType(getattr(package.layers, name).forward, module)
+    assert "forward" not in vars(modules["theirs"])
     x, labels = torch.randn(4, 8), torch.randint(8, (4,))
     calls = {
         "CrossEntropyLoss": (lambda m: m(x, labels), "cross_entropy_fwd"),

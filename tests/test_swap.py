@@ -46,6 +46,20 @@ class Overridden(nn.CrossEntropyLoss):
         return (input.softmax(1) - F.one_hot(target, input.shape[1])).square().mean()
 
 
+class Static(nn.Module):
+    @staticmethod
+    def forward(input, target):
+        return F.cross_entropy(input, target)
+
+
+class OfClass(nn.Module):
+    scale = 3
+
+    @classmethod
+    def forward(cls, input, target):
+        return cls.scale * F.cross_entropy(input, target)
+
+
 class Trainer(nn.Module):
     """Its loss is not in forward; nms is a function of its own."""
 
@@ -198,13 +212,15 @@ def test_models_of_transformers_are_anothers(monkeypatch):
     assert {r.where for r in report.replaced} >= {*inside, "ours"} and "theirs.0" not in {r.where for r in report.replaced}
 
 
-@pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "ce", "bce"])
+@pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "static", "of-class", "ce", "bce"])
 def test_modules(kind):
     x, labels = torch.randn(6, 9).requires_grad_(), torch.randint(9, (6,))
     module, inputs = {
         "attention": (Attention(), [torch.randn(2, 5, 32).requires_grad_()]),
         "processed": (Processed(), [torch.randn(2, 3, 5, 8).requires_grad_()]),
         "inherited": (Inherited(torch.rand(9), reduction="sum"), [x, labels]),
+        "static": (Static(), [x, labels]),
+        "of-class": (OfClass(), [x, labels]),
         "ce": (nn.CrossEntropyLoss(torch.rand(9), ignore_index=2, label_smoothing=0.1), [x, labels]),
         "bce": (nn.BCEWithLogitsLoss(torch.rand(9), pos_weight=torch.rand(9)), [x, torch.rand(6, 9)]),
     }[kind]

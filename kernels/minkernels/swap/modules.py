@@ -1,7 +1,9 @@
 """Plain nn modules, and whatever calls one of PyTorch's functions in its forward."""
 
 import functools
+import inspect
 import sys
+import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -42,7 +44,8 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
     if names and (inner := _recomputing(module, names, calls_of)):
         yield Left(where, ", ".join(sorted(inside)), f"what {inner} recomputes in a backward would be outside the scope of its forward")
     elif names:
-        change = forward(module, functools.partial(_inside, Functions(names)))
+        method = isinstance(inspect.getattr_static(cls, "forward"), types.FunctionType)
+        change = forward(module, functools.partial(_inside if method else _inside_unbound, Functions(names)))
         by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
         yield from _unless_replaced(Swap(where, ", ".join(sorted(inside)), by, module, (change,)))
     for known in PLAIN:
@@ -81,6 +84,12 @@ def _unless_replaced(swap: Swap) -> Iterator[Swap | Left]:
 def _inside(mode: Functions, module: nn.Module, *args, **kwargs):
     with mode:
         return type(module).forward(module, *args, **kwargs)
+
+
+def _inside_unbound(mode: Functions, module: nn.Module, *args, **kwargs):
+    """A static or a class method is not given the module."""
+    with mode:
+        return type(module).forward(*args, **kwargs)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -79,7 +79,9 @@ def test_nms(boxes, N, dtype):
 
 def test_nms_that_we_lack_is_torchvisions(boxes):
     dets, scores, _ = scene(9)
-    for args in ((dets, scores.double(), 0.5), (dets, scores, 1.5), (dets.as_subclass(nn.Parameter), scores[:0], 0.5)):
+    thresholds = 1.5, True, torch.tensor(0.5)
+    others = (dets, scores.double(), 0.5), (dets.as_subclass(nn.Parameter), scores[:0], 0.5)
+    for args in (*others, *((dets, scores, threshold) for threshold in thresholds)):
         try:
             expected, error = boxes.nms(*args), None
         except Exception as raised:

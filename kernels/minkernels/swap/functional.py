@@ -139,11 +139,12 @@ def binary_cross_entropy_with_logits(
 
 def nms(dets, scores, iou_threshold) -> Tensor | None:
     """torchvision::nms, the operator."""
-    if not (_ours(dets) and _plain(scores)) or dets.dtype != scores.dtype or not 0.0 <= iou_threshold <= 1.0:
+    if not (_ours(dets) and _plain(scores)) or dets.dtype != scores.dtype:
         return None
-    if dets.dim() != 2 or dets.shape[1] != 4 or scores.shape != dets.shape[:1]:
+    try:
+        return our_nms(dets, scores, iou_threshold)
+    except (TypeError, ValueError):  # nothing was computed
         return None
-    return our_nms(dets, scores, iou_threshold)
 
 
 def transposed(query, key, value):

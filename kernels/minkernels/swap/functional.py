@@ -26,7 +26,7 @@ def scaled_dot_product_attention(
     if not (query.is_cpu or query.is_cuda) or forward_ad._current_level >= 0 or query.is_nested:
         return None
     try:
-        if not enable_gqa and query.size(-3) != key.size(-3):
+        if not enable_gqa and query.size(-3) != key.size(-3) != 1:  # one head of keys is broadcast, so that it is shared as ours is
             return None
         if attn_mask is None:
             return attention(query, key, value, causal="top-left" if is_causal else False, scale=scale, dropout_p=dropout_p)

@@ -48,6 +48,11 @@ def test_losses(library, name, options, dtype):
     judged_loss(ours, theirs, [torch.randn(2, 5, V)], dtype, **given)
 
 
+def test_loss_of_a_slice_of_logits(library):
+    given, logits = dict(labels=LABELS, vocab_size=V), torch.randn(2, 6, V).bfloat16()[:, :5]
+    torch.testing.assert_close(_hf_losses.causal_lm(logits, **given), transformers.loss.loss_utils.ForCausalLMLoss(logits, **given))
+
+
 def test_causal_loss_of_shifted_labels(library):
     theirs = transformers.loss.loss_utils.ForCausalLMLoss
     given = dict(labels=None, vocab_size=V, shift_labels=LABELS)

@@ -57,7 +57,7 @@ def causal_lm(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=
 
 
 def masked_lm(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **_):
-    rows, labels = logits.view(-1, vocab_size), labels.reshape(-1).to(logits.device)
+    rows, labels = logits.reshape(-1, vocab_size), labels.reshape(-1).to(logits.device)
     return _mean(cross_entropy, num_items_in_batch, rows, labels, ignore_index=ignore_index)
 
 

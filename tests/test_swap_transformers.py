@@ -193,7 +193,7 @@ def calls_of_library(monkeypatch):
     "change",
     [
         dict(something_new=1), dict(dropout=1.0), dict(s_aux=torch.zeros(1, 4, 1, 1)), dict(dim=300),
-        dict(cache=None), dict(mask=(2, 1, 5, 5)),  # these two are
+        dict(cache=None), dict(mask=(2, 1, 5, 5)), dict(mask=(2, 1, 1, 7)),  # these are, with a mask that is longer than its keys, too
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
@@ -211,7 +211,7 @@ def test_calls_that_are_not_ours(library, monkeypatch, change):
     causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     if change.get("dropout"):
         assert not module.training  # so that the eager function drops nothing
-    exact = textbook(module, *(t.double() for t in (q, k, v)), mask if shape else causal, scaling=0.3)[0]
+    exact = textbook(module, *(t.double() for t in (q, k, v)), mask[..., :5] if shape else causal, scaling=0.3)[0]
     torch.testing.assert_close(out, exact.float())
 
 

@@ -159,6 +159,8 @@ def attend(
             _, heads, queries, N = attention_mask.shape
             if heads == queries == 1:
                 keys = attention_mask.view(-1, N)
+                if N > key.shape[2]:  # the unconditioned half of guidance attends to one state, with a mask that grows
+                    keys = keys[:, : key.shape[2]]
             else:
                 seen = attention_mask
     served = True

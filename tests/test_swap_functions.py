@@ -209,6 +209,28 @@ def test_what_we_lack_is_pytorchs(call):
     torch.testing.assert_close(result, theirs, rtol=0, atol=0, equal_nan=True)
 
 
+def test_infinite_logits():
+    """Two of these PyTorch makes NaN, by 0 * inf."""
+    x, target = torch.tensor([torch.inf, -torch.inf, -torch.inf]), torch.tensor([0.0, 1.0, 0.5])
+    with minkernels.swapped():
+        assert F.binary_cross_entropy_with_logits(x, target, reduction="none").isposinf().all()
+
+
+def test_subclasses_hear_of_the_method_that_was_called():
+    heard = []
+
+    class Listening(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            heard.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    x = torch.randn(2, 6).as_subclass(Listening)
+    with minkernels.swapped():
+        x.unflatten(1, (2, 3))
+    assert heard[0] is torch.Tensor.unflatten
+
+
 def test_labels_out_of_range():
     with minkernels.swapped(), pytest.raises(IndexError, match=r"target\[1\] is 6"):
         F.cross_entropy(x2, torch.tensor([0, 6, 1, 2]))

@@ -34,7 +34,7 @@ class Functions(TorchFunctionMode):
             out = ours(*args, **kwargs) if kwargs else ours(*args)
             if out is not None:
                 return out
-        elif func is UNFLATTEN:  # torch.compile cannot follow that method's super() here
+        elif func is UNFLATTEN and type(args[0]) in functional.PLAIN:  # torch.compile cannot follow that method's super() here
             func = torch.unflatten
         return func(*args, **kwargs) if kwargs else func(*args)
 

@@ -84,6 +84,8 @@ def test_generate_from_layers_that_share_keys(library, cache):
     ]
     assert torch.equal(*made)
     torch.testing.assert_close(ours(**given).loss, plain(**given).loss)
+    causal = dict(mask_function=transformers.masking_utils.causal_mask_function, config=transformers.Gemma3nTextConfig())
+    assert _hf_attention.mask(B, T, T, **causal).shape == (0,)  # shares keys as well, and cuts nothing
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral", "gemma2"])

@@ -98,7 +98,7 @@ def mask(
     else:
         ints = isinstance(q_offset, int | torch.SymInt) and isinstance(kv_offset, int | torch.SymInt)
         aligned = ints and q_offset - kv_offset == kv_length - q_length
-    if getattr(config, "num_kv_shared_layers", 0):  # Gemma 4 cuts the last rows out of its masks
+    if getattr(config, "num_kv_shared_layers", 0) and config.model_type != "gemma3n_text":  # Gemma 4 cuts the last rows out of its masks
         allow_is_causal_skip = False
     device = attention_mask.device if attention_mask is not None else device if cache_position is None else cache_position.device
     keys = attention_mask is None or attention_mask.dim() == 2  # or a mask that only they understand

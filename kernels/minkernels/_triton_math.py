@@ -17,6 +17,18 @@ def registers(num_warps):
 
 
 @triton.jit
+def blocks_of(n, BLOCK):
+    return (n - 1) // BLOCK + 1  # tl.cdiv() passes 2**31 where n nearly does
+
+
+@triton.jit
+def image_and_block(n, BLOCK):
+    """The image, and the BLOCK of its n, that a program owns. The grid is one number: its second may not pass 65535."""
+    blocks = blocks_of(n, BLOCK)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+
+
+@triton.jit
 def exp(x):
     return tl.exp2(x * LOG2E)
 

@@ -8,7 +8,7 @@ _options.py. T, U and E are kept relative to the running maximum, or to 0 where 
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import INF, exp, tanh
+from minkernels._triton_math import INF, blocks_of, exp, tanh
 
 LOOSE = ["tiles", "parts", "share", "ignore_index"]  # any value runs the same code: one compilation for all
 PARTIAL = tl.constexpr(6)  # numbers that a part leaves of a row: m, d, T, U, E, and the bits of an int32, the first of the largest
@@ -216,6 +216,7 @@ def _stats_kernel(
                 x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
             )  # fmt: skip
             if Grad is not None:
+                tl.debug_barrier()  # Grad may be X: every warp has its label's logit before any is written over
                 if WHOLE:
                     g = _gradient(z, e, c, P, None, H, S, label, tile, m, scale, softcap, Target is not None)
                     _store(Grad, g, s, tile, grad_strides, live, counts, V)
@@ -319,7 +320,7 @@ def _scale_kernel(X, Scale, sizes, strides, BLOCK: tl.constexpr):
     """x of (., ., .) times what Scale holds; where that is 1 nothing is read."""
     scale = tl.load(Scale).to(tl.float32)
     if scale != 1.0:
-        blocks = tl.cdiv(sizes[2], BLOCK)
+        blocks = blocks_of(sizes[2], BLOCK)
         for i in range(tl.program_id(0).to(tl.int64), sizes[0] * sizes[1] * blocks, tl.num_programs(0)):
             row, offs = i // blocks, i % blocks * BLOCK + tl.arange(0, BLOCK)
             ptrs = X + row // sizes[1] * strides[0] + row % sizes[1] * strides[1] + offs * strides[2]

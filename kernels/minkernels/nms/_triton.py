@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import EXACT
+from minkernels._triton_math import EXACT, image_and_block
 from minkernels.nms._common import CUT, FILTERED, KEPT, new_outputs, round_down
 
 TILE = 512  # boxes
@@ -49,7 +49,7 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
     shared = dict(Ranked=ranked, Classes=classes, State=state, Kept=kept, N=N, threshold=threshold, max_output=max_output)
     shared |= dict(TILE=TILE, ROWS=ROWS, **EXACT)
     with torch.cuda.device_of(scores):
-        _rank_kernel[B, columns](
+        _rank_kernel[(B * columns,)](
             boxes, scores, class_ids, order, ranked, classes, state, boxes.stride(), scores.stride(),
             (0, 0) if class_ids is None else class_ids.stride(), N,
             None if score_threshold is None else round_down(score_threshold), DROP=drop, COLUMNS=COLUMNS, num_warps=4, **EXACT,
@@ -58,9 +58,9 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
             _resolve_kernel[(B,)](Order=order, Indices=indices, Counts=counts, Last=last, start=start, num_warps=8, **shared)
             if start + TILE < N:
                 later = triton.cdiv(N - start - TILE, COLUMNS)
-                _push_kernel[B, later](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
+                _push_kernel[(B * later,)](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
         if with_suppressor:
-            _suppressor_kernel[B, columns](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4, **EXACT)
+            _suppressor_kernel[(B * columns,)](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4, **EXACT)
     return indices, counts, suppressor
 
 
@@ -70,7 +70,8 @@ def _rank_kernel(
     box_strides, score_strides, class_strides, N, score_threshold, DROP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Boxes by rank, in float32; the area of one that neither suppresses nor is suppressed is 0."""
-    b, rank = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = image_and_block(N, COLUMNS)
+    rank = block * COLUMNS + tl.arange(0, COLUMNS)
     mask = rank < N
     i = tl.load(Order + b * N + rank, mask=mask, other=0)
     box = Boxes + b * box_strides[0] + i * box_strides[1]
@@ -182,8 +183,8 @@ def _push_kernel(
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Holds COLUMNS of the boxes from `start` on against those that the last tile kept."""
-    b = tl.program_id(0).to(tl.int64)
-    rank = start + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = image_and_block(N - start, COLUMNS)
+    rank = start + block * COLUMNS + tl.arange(0, COLUMNS)
     mask = rank < N
     state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
     total = tl.load(Kept + b * (TILE + 1))
@@ -206,7 +207,8 @@ def _push_kernel(
 @triton.jit
 def _suppressor_kernel(Order, State, Counts, Last, Suppressor, N, max_output, COLUMNS: tl.constexpr):
     """From ranks to indices; what comes behind the last kept box of an image that is full was not to be looked at."""
-    b, rank = tl.program_id(0).to(tl.int64), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = image_and_block(N, COLUMNS)
+    rank = block * COLUMNS + tl.arange(0, COLUMNS)
     mask = rank < N
     state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
     full = tl.load(Counts + b) == max_output

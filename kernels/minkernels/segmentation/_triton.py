@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import ASSERT, FUSED, LOG2E
+from minkernels._triton_math import ASSERT, FUSED, LOG2E, blocks_of, image_and_block
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
 BLOCK = 1024  # elements of a program
@@ -153,8 +153,7 @@ def _dice_sums_kernel(
     CLASS_MAP: tl.constexpr, SQUARED: tl.constexpr, CHECK: tl.constexpr, INDEX: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Owns BLOCK pixels of one image, in every class."""
-    blocks = tl.cdiv(n_pixels, BLOCK)
-    n, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    n, block = image_and_block(n_pixels, BLOCK)
     i = block.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_pixels
     map = 0
@@ -172,7 +171,7 @@ def _dice_sums_kernel(
             positive = t * tl.load(PosWeight + c * pos_weight_stride).to(tl.float32)
         loss, _ = _bce(x, t, positive, p, q, log)
         sizes_of = p * p + t * t if SQUARED else p + t
-        to = Sums + ((n * C + c) * blocks + block) * 4
+        to = Sums + ((n * C + c) * blocks_of(n_pixels, BLOCK) + block) * 4
         tl.store(to, tl.sum(tl.where(keep, loss, 0.0), 0))
         tl.store(to + 1, tl.sum(tl.where(keep, p * t, 0.0), 0))
         tl.store(to + 2, tl.sum(tl.where(keep, sizes_of, 0.0), 0))
@@ -231,9 +230,8 @@ def _dice_grad_kernel(
     CLASS_MAP: tl.constexpr, SQUARED: tl.constexpr, INDEX: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Owns BLOCK pixels of one image, in every class."""
-    blocks = tl.cdiv(n_pixels, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
+    n, block = image_and_block(n_pixels, BLOCK)
+    i = block.to(INDEX) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n_pixels
     map = 0
     if CLASS_MAP:

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import EXACT, INF, LOG2E, registers
+from minkernels._triton_math import EXACT, INF, LOG2E, image_and_block, registers
 from minkernels.soft_nms._options import arithmetic, below, outputs
 
 BLOCK = 2048  # boxes that one step of Soft-NMS looks at together, at most
@@ -40,7 +40,7 @@ def matrix_nms(boxes, scores, class_ids, method, sigma, min_score, max_output):
         shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **registers(8), **EXACT)
         with torch.cuda.device_of(boxes):
             for decay in (False, True):
-                _matrix_kernel[B, triton.cdiv(N, COLUMNS)](
+                _matrix_kernel[(B * triton.cdiv(N, COLUMNS),)](
                     boxes, scores, class_ids, order, c, new, factor=sigma, least=least, DECAY=decay, **shared
                 )
         new, order = new.sort(dim=1, descending=True, stable=True)
@@ -148,9 +148,9 @@ def _matrix_kernel(
     N, factor, least, GAUSSIAN: tl.constexpr, DECAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Boxes of COLUMNS ranks against all above. Without DECAY: their c (squared if GAUSSIAN, else 1 - c). With it: their new scores."""
-    b = tl.program_id(0).to(tl.int64)
+    b, block = image_and_block(N, COLUMNS)
     Boxes, Scores, Order, C, New = Boxes + b * N * 4, Scores + b * N, Order + b * N, C + b * N, New + b * N
-    j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    j = block * COLUMNS + tl.arange(0, COLUMNS)
     index = tl.load(Order + j, mask=j < N, other=0)
     x1, y1, x2, y2 = _load_boxes(Boxes, index, j < N)
     ids = index
@@ -159,7 +159,7 @@ def _matrix_kernel(
     found = tl.zeros((COLUMNS,), tl.float32)  # the largest so far; of the linear decay, the smallest
     if DECAY and not GAUSSIAN:
         found += 1.0
-    for start in range(0, tl.minimum(N, (tl.program_id(1) + 1) * COLUMNS), ROWS):
+    for start in range(0, tl.minimum(N, (block + 1) * COLUMNS), ROWS):
         i = start + tl.arange(0, ROWS)
         counts = tl.load(Scores + i, mask=i < N, other=-INF) > -INF
         above = tl.load(Order + i, mask=i < N, other=0)

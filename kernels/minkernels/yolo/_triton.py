@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import EXACT, INF
+from minkernels._triton_math import EXACT, INF, blocks_of, image_and_block
 from minkernels.nms import _triton as nms
 from minkernels.yolo._options import Options, arithmetic, outputs
 
@@ -31,19 +31,19 @@ def detect(pred, *options):
     pairs = P * C if x.multi_label else P
     N = min(pairs, x.max_candidates)
     new = scores.new_empty
-    grid, warps = (B, triton.cdiv(P, BLOCK)), dict(BLOCK=BLOCK, num_warps=4)
+    blocks, warps = triton.cdiv(P, BLOCK), dict(BLOCK=BLOCK, num_warps=4)
     with torch.cuda.device_of(pred):
         best, best_class, number = None, None, None
         raw = dict(of_pred, Best=None, C=C, HEAD=head)
         if B * P and not x.multi_label:
             best, best_class = new((B, P)), new((B, P), dtype=torch.int32)
-            _best_kernel[grid](**raw, Out=best, Class=best_class, least=least, ROWS=ROWS, **warps, **EXACT)
+            _best_kernel[(B * blocks,)](**raw, Out=best, Class=best_class, least=least, ROWS=ROWS, **warps, **EXACT)
             raw = dict(of_pred, Best=best, C=1, HEAD=BEST.value)
         if B * P and N < pairs:
-            number = _choose(raw, least, N, B, grid, warps, new)
+            number = _choose(raw, least, N, B, blocks, warps, new)
         box, score, class_id = new((B, N, 4)), new((B, N)), new((B, N), dtype=torch.int64)
         if B * N:
-            _candidate_kernel[B, triton.cdiv(N, BLOCK)](
+            _candidate_kernel[(B * triton.cdiv(N, BLOCK),)](
                 **of_pred, Best=best, BestClass=best_class, Number=number, Box=box, Score=score, ClassId=class_id, N=N, C=C, least=least,
                 height=x.height, width=x.width, SQRT=x.sqrt_wh, HEAD=head, **warps, **EXACT,
             )  # fmt: skip
@@ -51,18 +51,18 @@ def detect(pred, *options):
         indices, kept, _ = nms.nms_padded(box, score, ids, x.iou_threshold, None, x.max_output, False)
         counts.copy_(kept)
         if B:
-            _result_kernel[B, triton.cdiv(x.max_output, BLOCK)](
+            _result_kernel[(B * triton.cdiv(x.max_output, BLOCK),)](
                 box, score, class_id, indices, boxes, scores, classes, N, x.max_output, LOGITS=x.logits, **warps, **EXACT
             )
     return boxes, scores, classes, counts
 
 
-def _choose(raw, least, N, B, grid, warps, new):
+def _choose(raw, least, N, B, blocks, warps, new):
     """(B, N) numbers of the candidates that enter, place * C + class, in their order; -1 behind the last."""
     number = new((B, N), dtype=torch.int64).fill_(-1)
-    above, ties = (new(grid, dtype=torch.int32) for _ in range(2))  # of each block: candidates above the lowest score, and at it
+    above, ties = (new((B, blocks), dtype=torch.int32) for _ in range(2))  # of each block: candidates above the lowest score, and at it
     lowest, quota = new(B, dtype=torch.int64).fill_(-1), new(B, dtype=torch.int64).fill_(N)  # its key, and how many at it enter
-    shared = dict(raw, least=least, **warps, **EXACT)
+    grid, shared = (B * blocks,), dict(raw, least=least, **warps, **EXACT)
     _count_kernel[grid](**shared, Above=above, Ties=ties, Lowest=lowest, Total=None, N=N, ROWS=ROWS)
     total = above.sum(1)
     prefix = torch.zeros_like(lowest)
@@ -110,7 +110,8 @@ def _best_kernel(
     Pred, Best, strides, P, C, S, Out, Class, least,  # Out, Class: (B, P)
     HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b, place = tl.program_id(0).to(tl.int64), (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b, block = image_and_block(P, BLOCK)
+    place = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     best, of = tl.full((BLOCK,), -INF, tl.float32), tl.zeros((BLOCK,), tl.int64)
     for start in range(0, C, ROWS):
         x, c = _tile(Pred, Best, strides, b, place, start, P, C, S, least, HEAD, BOXES, ROWS)
@@ -135,7 +136,8 @@ def _count_kernel(
     HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Candidates of a block whose key is above the lowest, and at it; again only for an image that has more than N."""
-    b, place = tl.program_id(0).to(tl.int64), (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b, block = image_and_block(P, BLOCK)
+    place = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     many = N >= 0
     if Total is not None:
         many = tl.load(Total + b) > N
@@ -147,7 +149,7 @@ def _count_kernel(
             key = _key(x)
             above += tl.sum(((x > -INF) & (key > lowest)).to(tl.int32), axis=0)
             ties += tl.sum(((x > -INF) & (key == lowest)).to(tl.int32), axis=0)
-        at = b * tl.num_programs(1) + tl.program_id(1)
+        at = b * blocks_of(P, BLOCK) + block
         tl.store(Above + at, tl.sum(above, axis=0))
         tl.store(Ties + at, tl.sum(ties, axis=0))
 
@@ -158,7 +160,8 @@ def _histogram_kernel(
     SHIFT: tl.constexpr, BITS: tl.constexpr, HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """How many of the keys that begin with the prefix have each digit."""
-    b, place = tl.program_id(0).to(tl.int64), (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b, block = image_and_block(P, BLOCK)
+    place = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     if tl.load(Total + b) > N:
         prefix = tl.load(Prefix + b)
         for start in range(0, C, ROWS):
@@ -188,8 +191,9 @@ def _write_kernel(
     Pred, Best, strides, P, C, S, least, Lowest, Quota, AboveStart, TieStart, Number, N,  # starts: (B, blocks), counts before each
     HEAD: tl.constexpr, BOXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b, place = tl.program_id(0).to(tl.int64), (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    at, lowest, quota = b * tl.num_programs(1) + tl.program_id(1), tl.load(Lowest + b), tl.load(Quota + b)
+    b, block = image_and_block(P, BLOCK)
+    place = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    at, lowest, quota = b * blocks_of(P, BLOCK) + block, tl.load(Lowest + b), tl.load(Quota + b)
     above, ties = tl.zeros((BLOCK,), tl.int64), tl.zeros((BLOCK,), tl.int64)
     for c in range(C):
         x = _raw(Pred, Best, strides, b, place, c, place < P, P, C, S, HEAD, BOXES)
@@ -215,7 +219,8 @@ def _candidate_kernel(
     SQRT: tl.constexpr, HEAD: tl.constexpr, BOXES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Corners, raw score and class of BLOCK candidates; a score of NaN where there is none."""
-    b, n = tl.program_id(0).to(tl.int64), (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    b, block = image_and_block(N, BLOCK)
+    n = (block * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     number, mask = n, n < N
     if Number is not None:
         number = tl.load(Number + b * N + n, mask=mask, other=-1)
@@ -262,7 +267,8 @@ def _result_kernel(
     Box, Score, ClassId, Indices, Boxes, Scores, Classes,  # (B, N, ...), and (B, max_output, ...)
     N, max_output, LOGITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    b, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    b, block = image_and_block(max_output, BLOCK)
+    k = block * BLOCK + tl.arange(0, BLOCK)
     mask = k < max_output
     i = tl.load(Indices + b * max_output + k, mask=mask, other=-1)
     found, start, to = i >= 0, b * N + i, b * max_output + k

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from minkernels._triton_math import ASSERT, EXACT, INF
+from minkernels._triton_math import ASSERT, EXACT, INF, image_and_block
 from minkernels.yolo._options import loss_factor, loss_output
 
 BLOCK, TILE = 64, 16  # cells of a program; classes that it takes at a time
@@ -34,8 +34,8 @@ def _loss_kernel(
     K, C, pred_strides, boxes_strides, classes_strides, dloss_stride, grad_strides, coord, noobj, factor,
     BOXES: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(K * K, BLOCK)
-    n, cell = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    n, block = image_and_block(K * K, BLOCK)
+    cell = block * BLOCK + tl.arange(0, BLOCK)
     inside, row, column = cell < K * K, (cell // K).to(tl.int64), (cell % K).to(tl.int64)
     Pred += n * pred_strides[0] + row * pred_strides[1] + column * pred_strides[2]
     Boxes += n * boxes_strides[0] + row * boxes_strides[1] + column * boxes_strides[2]

@@ -138,6 +138,15 @@ def test_cpu_pairs_formats(shape, kind, fmt, dtype, levels):
     check_pairs(levels, make_boxes(*lead, N, dtype=dtype, fmt=fmt), make_boxes(*lead, M, dtype=dtype, fmt=fmt), kind, fmt)
 
 
+def test_sums_of_losses_are_wide_inside(levels):
+    """One loss of 5e8 among small ones, which a float32 sum loses."""
+    b = torch.tensor([5.0, 5, 6, 6]).repeat(511, 1)
+    a, b = torch.cat((torch.tensor([[0, 0, 1e-7, 1]]), b)), torch.cat((torch.tensor([[50.0, 0, -50, 1]]), b + 0.5))
+    for _ in levels:
+        each = iou_loss(a, b, kind="giou", reduction="none")
+        assert iou_loss(a, b, kind="giou", reduction="sum") == each.double().sum().float()
+
+
 @settings(max_examples=150, derandomize=True, deadline=None)
 @given(
     sets=st.integers(1, 3), N=st.integers(1, 130), M=st.integers(1, 130), kind=st.sampled_from(KINDS), fmt=st.sampled_from(FORMATS),

@@ -5,13 +5,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import minkernels
-from minkernels import _library
+from minkernels import _build, _library
 
 PACKAGE = Path(minkernels.__file__).parent
 
@@ -70,6 +72,9 @@ def test_info_names_what_serves_each_op(library):
 def test_a_lower_level_is_reported(library, monkeypatch):
     monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "plain")
     assert minkernels.info().cpu_level == "plain" and "MINKERNELS_CPU_LEVEL" in minkernels.info().backends["attention"]["CPU"]
+    monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "sse")
+    with pytest.raises(ValueError, match="MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got sse"):
+        minkernels.box_iou(torch.zeros(1, 4), torch.zeros(1, 4))
 
 
 def test_without_the_library_the_reference_serves_with_one_warning(tmp_path):
@@ -95,12 +100,26 @@ def test_a_broken_library_raises_and_says_how_to_rebuild_it(tmp_path):
     (path / "minkernels" / "_ops.so").write_bytes(b"\x7fELF, cut short")
     result = python("import torch, minkernels; minkernels.attention(*torch.zeros(3, 1, 1, 1, 1))", path=path)
     assert result.returncode == 1 and "_ops.so does not load under torch" in result.stderr and _library.BUILD in result.stderr
+    printed = python("import minkernels; print(minkernels.info())", path=path)
+    assert re.search(rf"missing +.*_ops.so does not load .*{_library.BUILD}", printed.stdout), printed.stderr
+
+
+@pytest.mark.parametrize("call", ["nms(torch.zeros(1, 4), torch.zeros(1), 0.5)", "box_iou(torch.zeros(1, 4), torch.zeros(1, 4))"])
+def test_a_library_of_another_version_raises_and_says_how_to_rebuild_it(tmp_path, host, call):
+    path = copy_package(tmp_path, library=False)
+    shutil.copy(PACKAGE / _build.HOST, path / "minkernels" / "_ops.so")  # it loads, and has none of the operators
+    result = python(f"import torch, minkernels; minkernels.{call}", path=path)
+    assert result.returncode == 1 and re.search(rf"of another version.*{_library.BUILD}", result.stderr), result.stderr
 
 
 @pytest.mark.parametrize(
     "env, message",
-    [({"CXX": "false"}, "the C++ build failed"), ({"PATH": "/nonexistent"}, "no C++ compiler: install g++")],
-    ids=["compiler fails", "no compiler"],
+    [
+        ({"CXX": "false"}, "the C++ build failed"),
+        ({"PATH": "/nonexistent"}, "no C++ compiler: install g++"),
+        ({"CXX": "'/no where/g++' -v"}, "CXX names no program that runs: /no where/g++"),
+    ],
+    ids=["compiler fails", "no compiler", "no such compiler"],
 )
 def test_a_failed_build_says_why_and_leaves_what_was_there(tmp_path, env, message):
     path = copy_package(tmp_path, library=False)
@@ -110,6 +129,54 @@ def test_a_failed_build_says_why_and_leaves_what_was_there(tmp_path, env, messag
     result = python(code, path=path, **env)
     assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
     assert (path / "minkernels" / "_ops.so").read_bytes() == b"old"
+
+
+def test_paths_may_hold_what_a_shell_would_split(tmp_path, monkeypatch):
+    folder = tmp_path / "My $Projects"
+    (folder / "ops" / "cpu").mkdir(parents=True)
+    (folder / "ops" / "cpu" / "empty.cpp").write_text('#include "found.h"\n')
+    (folder / "include").mkdir()
+    (folder / "include" / "found.h").write_text("#ifndef ASKED\n#error\n#endif\n")
+    monkeypatch.setattr("torch.utils.cpp_extension.include_paths", lambda: [str(folder / "include")])
+    monkeypatch.setenv("CXXFLAGS", "-DASKED\n")
+    _build._build(folder, folder / "build", folder / "_ops.so", False)
+    assert (folder / "_ops.so").exists()
+
+
+def test_a_source_distribution_builds(tmp_path):
+    """Its files are those that git knows, without the history."""
+    root = PACKAGE.parents[1]
+    files = "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "constraints.txt", "data.txt", "Makefile"
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in (*files, "csrc", "kernels", "minmodels"):
+        copy = partial(shutil.copytree, ignore=ignore) if (root / name).is_dir() else shutil.copy
+        copy(root / name, tmp_path / name)
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as held:
+        names = {Path(*Path(name).parts[1:]) for name in held.getnames()}
+    assert {path.relative_to(root) for path in (root / "csrc").rglob("*.*")} <= names
+
+
+def test_a_call_that_ran_out_of_memory_leaves_nothing_behind():
+    code = """
+import resource, torch, minkernels as mk
+torch.set_num_threads(THREADS)
+def call(N):
+    boxes, scores = torch.rand(2, 1, 4).expand(2, N, 4), torch.rand(2, 1).expand(2, N)
+    return mk.nms_padded(boxes, scores, iou_threshold=0.5, max_output=1).counts.tolist()
+call(10)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, -1))
+try:
+    call(20_000_000)
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print(call(200_000))
+"""
+    for threads in ("1", "2"):
+        result = python(code.replace("THREADS", threads))
+        assert result.stdout == "[1, 1]\n", (result.returncode, result.stderr)
 
 
 def test_fresh_outputs_of_4_mb_ask_for_huge_pages(library):

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -286,6 +287,24 @@ def test_compile(backend, library):
         ours, theirs = (grads_of(lambda *t: f(*t, target), leaves, torch.ones(())) for f in (compiled, step))  # noqa: B023
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_export(reduction, library):
+    class Loss(torch.nn.Module):
+        def forward(self, input, weight, target):
+            loss = linear_cross_entropy(input, weight, target, reduction=reduction)
+            return loss, linear_token_logprobs(input, weight, target).entropy
+
+    n, counter = torch.export.Dim("n"), torch._dynamo.testing.CompileCounter()
+    (input, weight, _), target = make(6, 8, 11, ())
+    exported = torch.export.export(Loss(), (input, weight, target), dynamic_shapes=({0: n}, None, {0: n})).module()
+    compiled = torch.compile(Loss(), fullgraph=True, dynamic=True, backend=counter)
+    for N in (6, 9, 12):
+        (input, weight, _), target = make(N, 8, 11, ())
+        for found in (exported(input, weight, target), compiled(input, weight, target)):
+            torch.testing.assert_close(found, Loss()(input, weight, target))
+    assert counter.frame_count == 1
 
 
 def test_functional_transforms(library):

@@ -48,8 +48,12 @@ def build_host(out: Path = HERE / HOST, *, verbose: bool = False) -> Path:
 
 
 def _build(csrc: Path, objects: Path, out: Path, verbose: bool, ninja_file=None, product: str = "_ops.so") -> Path:
-    objects.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text((ninja_file or _ninja_file)(csrc, objects))
+    rules = (ninja_file or _ninja_file)(csrc, objects)
+    try:
+        objects.mkdir(parents=True, exist_ok=True)
+        (objects / "build.ninja").write_text(rules)
+    except OSError as error:
+        raise RuntimeError(f"cannot write {objects}: {error}") from error
     command = [*_ninja(), "-C", str(objects), *(["-v"] if verbose else [])]
     result = subprocess.run(command, stdout=None if verbose else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
@@ -83,19 +87,19 @@ def nvcc_flags(nvcc: str) -> str:
 def _torch_flags() -> str:
     from torch.utils import cpp_extension
 
-    return f"-DTORCH_TARGET_VERSION={TORCH_TARGET} " + " ".join(f"-isystem {_escape(path)}" for path in cpp_extension.include_paths())
+    return f"-DTORCH_TARGET_VERSION={TORCH_TARGET} " + " ".join(f"-isystem {_quote(path)}" for path in cpp_extension.include_paths())
 
 
 def link_flags(nvcc: str | None) -> str:
     from torch.utils import cpp_extension
 
-    libraries = " ".join(f"-L{_escape(path)}" for path in cpp_extension.library_paths())
+    libraries = " ".join(f"-L{_quote(path)}" for path in cpp_extension.library_paths())
     flags = f"-shared {libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
     if nvcc is None:
         return flags
     dry = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     found = [line.split("=", 1)[1] for line in dry.splitlines() if line.startswith("#$ LIBRARIES=")]  # it may be a script: it knows best
-    return " ".join([flags, *(_escape(option) for line in found for option in shlex.split(line)), CUDA_LIBRARIES])
+    return " ".join([flags, *(_quote(option) for line in found for option in shlex.split(line)), CUDA_LIBRARIES])
 
 
 def _ninja_file(csrc: Path, objects: Path) -> str:
@@ -107,12 +111,12 @@ def _ninja_file(csrc: Path, objects: Path) -> str:
     cpp = [Path(os.path.relpath(path, objects)) for path in paths]  # the checkout may move
     return "\n".join([
         f"cxx = {_compiler()}",
-        f"flags = {FLAGS} {_torch_flags()} {os.environ.get('CXXFLAGS', '')}",
+        f"flags = {FLAGS} {_torch_flags()} {_own_flags()}",
         "rule compile",
         "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
-        *([] if cuda is None else ["rule compile_cuda", f"  command = {cuda} {nvcc_flags(cuda)} -MD -MF $out.d -c $in -o $out"]),
+        *([] if cuda is None else ["rule compile_cuda", f"  command = {_quote(cuda)} {nvcc_flags(cuda)} -MD -MF $out.d -c $in -o $out"]),
         *([] if cuda is None else ["  depfile = $out.d", "  deps = gcc"]),
         "rule link",
         f"  command = $cxx $in -o $out {link_flags(cuda)}",
@@ -132,11 +136,11 @@ def _host_ninja_file(csrc: Path, objects: Path) -> str:
     headers = sysconfig.get_path("include")
     if not Path(headers, "Python.h").exists():
         raise RuntimeError(f"no Python.h in {headers}: install Python's headers (Debian, Ubuntu: apt install python3-dev)")
-    includes = " ".join(f"-isystem {_escape(path)}" for path in (headers, pybind11.get_include()))
+    includes = " ".join(f"-isystem {_quote(path)}" for path in (headers, pybind11.get_include()))
     cpp = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "host").glob("*.cpp"))]
     return "\n".join([
         f"cxx = {_compiler()}",
-        f"flags = {FLAGS} -ffp-contract=off {includes} {os.environ.get('CXXFLAGS', '')}",  # decisions are compared bit for bit
+        f"flags = {FLAGS} -ffp-contract=off {includes} {_own_flags()}",  # decisions are compared bit for bit
         "rule compile",
         "  command = $cxx $flags -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
@@ -150,14 +154,27 @@ def _host_ninja_file(csrc: Path, objects: Path) -> str:
 
 
 def _escape(path) -> str:
+    """As ninja takes a path."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+def _quote(path) -> str:
+    """As a shell takes a word of a command that ninja gives it."""
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
 def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), "g++", "c++", "clang++")):
-        if shutil.which(name.split()[0]):
-            return name
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else (["g++"], ["c++"], ["clang++"]):
+        if shutil.which(command[0]):
+            return " ".join(map(_quote, command))
+    if asked:
+        raise RuntimeError(f"CXX names no program that runs: {asked[0]}")
     raise RuntimeError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX")
+
+
+def _own_flags() -> str:
+    return " ".join(os.environ.get("CXXFLAGS", "").split()).replace("$", "$$")
 
 
 def _ninja() -> list[str]:

@@ -50,12 +50,16 @@ def info() -> Info:
     import minkernels
 
     missing = []
-    reason = _library.cpp_missing()
-    if reason:
-        missing.append(f"{reason}. To build it: {_library.BUILD}")
+    try:
+        reason = _library.cpp_missing()
+        if reason:
+            missing.append(f"{reason}. To build it: {_library.BUILD}")
+    except ImportError as error:  # it is there, but broken
+        reason = str(error)
+        missing.append(reason)
     level = None if reason else torch.ops.minkernels._cpu_level()
     cpu = "the reference, slow, for want of the C++ library" if reason else f"C++ for {level}, the best level of this CPU"
-    if os.environ.get("MINKERNELS_CPU_LEVEL") and level:
+    if level and os.environ.get("MINKERNELS_CPU_LEVEL") == level:
         cpu = f"C++ for {level}, as MINKERNELS_CPU_LEVEL asks"
     host = importlib.util.find_spec("minkernels._host")
     triton = _version("triton")

@@ -25,6 +25,8 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
 
     def other(*args):  # every device that has no kernel of its own; the CPU until the library is loaded
         if cpu is None and args[0].device.type == "cpu" and cpp():
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minkernels::{name}", "CPU"):
+                raise _other_version(f"it has no {name}")
             return getattr(torch.ops.minkernels, name).default(*args)
         return reference(*args)
 
@@ -157,7 +159,14 @@ def cpp_missing() -> str:
 
 def _resolve(path: str) -> Callable:
     module, function = path.split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except AttributeError as error:  # one of the library's private operators is not there
+        raise _other_version(error) from error
+
+
+def _other_version(why) -> ImportError:
+    return ImportError(f"{PATH} is of another version of minkernels: {why}. To rebuild it: {BUILD}")
 
 
 def _first_call(find: Callable[[], Callable]) -> Callable:

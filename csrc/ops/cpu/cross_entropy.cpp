@@ -185,7 +185,7 @@ static void forward(const Tensor& input, const Tensor& target, const Maybe& weig
   Labels labels = check_labels(a);
   check_label(target, labels, a.V);
   double sum_of_weights = divisor ? *divisor : labels.weight;
-  if (reduction == Reduction::mean) a.factor = 1 / (empty_zero && sum_of_weights == 0 ? 1 : sum_of_weights);
+  if (reduction == Reduction::mean) a.factor = empty_zero && sum_of_weights == 0 ? 0 : 1 / sum_of_weights;
   if (grad) want_grad(a, *grad);
   a.stats = (char*)stats.data_ptr(), a.stats_columns = stats.size(1);
   advise_huge_pages(a.stats, stats.numel() * stats.element_size());

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <cstring>
+#include <iterator>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -34,10 +35,10 @@ static int best_level() {
 int level() {
   static const int best = best_level();
   const char* name = std::getenv("MINKERNELS_CPU_LEVEL");  // read at each call, so that tests can lower it
-  if (name && *name)
-    for (int i = 0; i < best; i++)
-      if (!std::strcmp(name, level_names[i])) return i;
-  return best;
+  if (!name || !*name) return best;
+  for (int i = 0; i < int(std::size(level_names)); i++)
+    if (!std::strcmp(name, level_names[i])) return std::min(i, best);
+  throw std::invalid_argument("MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got " + std::string(name));
 }
 
 Dtype dtype_of(const Tensor& t) {
@@ -204,7 +205,7 @@ Workspace::Workspace(size_t bytes) {
   }
 }
 Workspace::~Workspace() {
-  if (size_ <= 128 << 20) spare = std::move(memory_), spare_size = size_;
+  if (size_ <= most_kept) spare = std::move(memory_), spare_size = size_;
 }
 
 static std::string cpu_features() {

@@ -8,7 +8,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 
 #include "vec_includes.h"
@@ -43,11 +45,13 @@ Tensor empty_like(const Tensor& x);
 Tensor wide_empty_like(const Tensor& x);  // uninitialised, of wide_dtype(x)
 void empty_cache();                       // gives that memory back to the system
 
+constexpr size_t most_kept = 128 << 20;  // bytes that a thread keeps for its next call
+
 // Memory for one call: what the thread's last call took, if that is enough, since fresh pages cost short calls more than the arithmetic.
 class Workspace {
  public:
   explicit Workspace(size_t bytes);
-  ~Workspace();  // keeps up to 128 MB for the next call
+  ~Workspace();  // keeps up to most_kept for the next call
   char* get() const { return memory_.get(); }
 
  private:
@@ -62,14 +66,23 @@ void run_tasks(int64_t tasks, size_t scratch_bytes, const F& f, int64_t most_thr
   const auto work = [&](int64_t, int64_t) {
     thread_local Memory scratch;
     thread_local size_t size = 0;
-    if (size < scratch_bytes) scratch = allocate(size = scratch_bytes);
+    if (size < scratch_bytes) scratch = allocate(scratch_bytes), size = scratch_bytes;
     for (int64_t task; (task = next++) < tasks;) f(task, scratch.get());
+    if (size > most_kept) scratch.reset(), size = 0;
   };
   int64_t threads = std::min({int64_t(torch::stable::get_num_threads()), tasks, most_threads});
-  if (threads <= 1)
-    work(0, 1);
-  else
-    torch::stable::parallel_for(0, threads, 1, work);
+  if (threads <= 1) return work(0, 1);
+  std::exception_ptr error;  // the first; parallel_for() would say that a call failed, and not why
+  std::mutex one_at_a_time;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    try {
+      work(begin, end);
+    } catch (...) {
+      const std::lock_guard lock(one_at_a_time);
+      if (!error) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace minkernels

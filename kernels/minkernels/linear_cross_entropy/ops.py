@@ -158,7 +158,7 @@ def _flat(input, linear_weight, target, linear_bias):
     after = 1 if is_labels(target) else 2
     if linear_weight.dim() == 2:
         target = target.reshape(-1) if after == 1 else target.reshape(-1, len(linear_weight))
-        return input.reshape(input.shape[:-1].numel(), input.shape[-1]), linear_weight, target, linear_bias
+        return input.reshape(math.prod(input.shape[:-1]), input.shape[-1]), linear_weight, target, linear_bias
     return input, linear_weight.flatten(1, -2), target.flatten(after), linear_bias if linear_bias is None else linear_bias.flatten(1)
 
 
@@ -183,13 +183,13 @@ class _Shards:
 
 
 def _rows(input, linear_weight):
-    return input.shape[0] * linear_weight.shape[1:-1].numel()
+    return input.shape[0] * math.prod(linear_weight.shape[1:-1])  # numel() of a size is a constant to a graph
 
 
 def _fwd_fake(input, linear_weight, target, linear_bias, weight, *options):
     *_, reduction, _, _, dinput, dweight, dbias = options
     stats = new_stats(input, _rows(input, linear_weight), 2 if is_labels(target) else 3)
-    loss = stats.new_empty((len(input), *linear_weight.shape[1:-1]) if reduction == "none" else ())
+    loss = stats.new_empty((input.shape[0], *linear_weight.shape[1:-1]) if reduction == "none" else ())
     return loss, stats, *_grads_fake(input, linear_weight, linear_bias, dinput, dweight, dbias)
 
 

@@ -113,7 +113,7 @@ def _check(boxes, scores, classes, iou_threshold, dims):
             raise TypeError(f"{name} is on {t.device}, but boxes is on {boxes.device}")
     if classes and classes[1].dtype not in INTEGERS:
         raise TypeError(f"{classes[0]} must be {INTEGER_NAMES}, got {classes[1].dtype}")
-    if shape[-1] > MOST_BOXES:
+    if isinstance(shape[-1], int) and shape[-1] > MOST_BOXES:  # an exported graph's may be any
         raise ValueError(f"boxes must be fewer than 2**31 an image, got {shape[-1]}")
     check_number("iou_threshold", iou_threshold)
     if not 0 <= iou_threshold <= 1:

@@ -2,12 +2,14 @@
 
 Builds in place, runs the GPU tests, then the benches at their headline sizes, the memory checker, and what is left. Each step
 is a process with a time limit of its own; whatever it found is in DIR as soon as it ends, so that the script may be cut off at
-any moment: results.json (pytest-benchmark's, all steps together), report.md with its plots, summary.md, and logs/.
+any moment: results.json (pytest-benchmark's, all steps together), report.md with its plots, summary.md, and logs/. all.tar.gz holds
+all of it. With more time than one call has, call it again with --only and the steps that it did not reach.
 """
 
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -15,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +28,12 @@ from bench import report
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = 12  # processes that run tests: most of their time is Triton compiling
+ARCHIVE = "all.tar.gz"
 GRACE = 15.0  # seconds for a step to write down what it has, once it is told to stop
-TESTS = ["-m", "gpu or interpret", "-q", "-p", "no:cacheprovider"]
+TESTS = ["-m", "gpu or interpret", "-v", "--tb=short", "-p", "no:cacheprovider"]  # -v: what was cut off is known up to there
+TESTED = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_triton.py"))
+TESTED += ["tests/test_merge_attention.py", "tests/test_nms_cuda.py"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # of each of the workers, whose references run on the CPU
 SANITIZED = [f"tests/test_{name}_triton.py" for name in ("attention", "cross_entropy", "nms", "segmentation")]
 SANITIZED += [*TESTS, "-k", "ragged or test_stats or test_dice or tiles_as_they_are"]
 
@@ -51,7 +58,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
     """Every step, in the order of its value."""
     python, logs = [sys.executable], out / "logs"
     pytest = [*python, "-m", "pytest"]
-    sizes = ["--device=cuda", "--benchmark-max-time=0.3"]
+    sizes = ["--device=cuda", "--compile=none", "--benchmark-max-time=0.3"]
     if dry_run:
         sizes = ["--device=cpu", "--tiny", "--compile=none", "--benchmark-max-time=0.05"]
 
@@ -61,9 +68,11 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
         return Step(name, command, least, most, json=path)
 
     parallel = ["-n", str(min(WORKERS, os.cpu_count())), "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
+    tests = ["--collect-only", "tests/test_bench.py"] if dry_run else [*TESTED, *parallel]
     steps = [
-        Step("build", [*python, "-m", "minkernels", *([] if dry_run else ["build"])], 60, 150),
-        Step("tests", [*pytest, *(["--collect-only", "tests/test_bench.py"] if dry_run else ["tests", *parallel]), *TESTS], 60, 240),
+        Step("build", [*python, "-m", "minkernels", *([] if dry_run else ["build"])], 100, 150),
+        Step("tests", [*pytest, *tests, *TESTS], 60, 240, ONE_THREAD),
+        Step("timer", [*pytest, "tests/test_bench.py", "-k", "times_are_of_the_device", *TESTS], 15, 30),
         bench("attention-fwd", ["bench/bench_attention.py::bench_fwd"], 40, 120),
         bench("cross-entropy", ["bench/bench_cross_entropy.py"], 30, 90),
         bench("linear-cross-entropy", ["bench/bench_linear_cross_entropy.py"], 30, 60),
@@ -81,8 +90,9 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer and not dry_run:
         no_cache = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that a tensor ends where its allocation ends
-        steps.insert(6, Step("sanitizer", [sanitizer, "--error-exitcode", "99", *pytest, *SANITIZED], 60, 120, no_cache))
+        steps.append(Step("sanitizer", [sanitizer, "--error-exitcode", "99", *pytest, *SANITIZED], 60, 120, no_cache))
     if not dry_run:
+        steps.append(bench("cross-entropy-compiled", ["bench/bench_cross_entropy.py"], 60, 180, "--compile=some"))
         rows = ["bench/bench_attention.py", "-k", "4096"]
         steps.append(bench("attention-compiled", rows, 60, 180, "--compile=all"))
     return steps
@@ -156,8 +166,8 @@ def _collect(step, merged, out):
         merged = rows if merged is None else {**merged, "benchmarks": merged["benchmarks"] + rows["benchmarks"]}
         report.write(out / "results.json", json.dumps(merged, indent=1).encode())
         report.make([out / "results.json"], out)
-    except (report.ReportError, ImportError) as error:  # ImportError: no matplotlib
-        step.outcome += f"; no report: {error}"
+    except Exception as error:  # no matplotlib, say: the steps that come are worth more
+        step.outcome += f"; no report: {type(error).__name__}: {error}"
     return merged
 
 
@@ -165,6 +175,12 @@ def _summarise(steps, out):
     lines = ["# GPU session", "", "| step | outcome | seconds | command |", "|---|---|--:|---|"]
     lines += [f"| {step.name} | {step.outcome} | {step.seconds:.0f} | `{shlex.join(step.command)}` |" for step in steps]
     report.write(out / "summary.md", ("\n".join(lines) + "\n").encode())
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as files:
+        for path in sorted(out.rglob("*")):
+            if path.is_file() and path.name != ARCHIVE:
+                files.add(path, path.relative_to(out))
+    report.write(out / ARCHIVE, archive.getvalue())
 
 
 def _interrupt(*_):

@@ -8,6 +8,7 @@ import torch
 
 from minkernels import _build, _library
 
+LOST = pytest.StashKey[str]()
 LEVELS = ["plain", "avx2", "avx512", "avx512_bf16"]  # csrc/ops/cpu/levels.h, worst first
 
 
@@ -16,6 +17,22 @@ def pytest_configure():
         import interpreted
 
         interpreted.mend()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.excinfo is not None and call.excinfo.errisinstance(torch.AcceleratorError):
+        item.config.stash[LOST] = item.nodeid
+    return report
+
+
+def pytest_runtest_setup(item):
+    """After an error of the device, every call to it fails in this process: another worker takes over, or the run ends."""
+    if LOST in item.config.stash:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the device is lost to this process since {item.config.stash[LOST]}", 1)
 
 
 @pytest.fixture(autouse=True)

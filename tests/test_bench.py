@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -206,6 +207,8 @@ def test_gpu_steps_that_go_wrong(tmp_path, bench_json):
     assert all(f"| {name} | {outcome} |" in summary for name, outcome in outcomes.items())
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert len(results["benchmarks"]) == 5 and (tmp_path / "out/report.md").exists()
+    with tarfile.open(tmp_path / "out/all.tar.gz") as archive:
+        assert {"summary.md", "results.json", "report.md", "logs/last.log"} <= set(archive.getnames())
 
 
 def test_gpu_time_is_shared_out(tmp_path):
@@ -223,6 +226,19 @@ def test_gpu_dry_run(tmp_path, capsys, monkeypatch):
     assert all(f"| {name} | ok |" in summary for name in steps)
     assert {"results.json", "report.md", "summary.md", "logs"} <= {path.name for path in tmp_path.iterdir()}
     assert "## minGPT step on cpu" in (tmp_path / "report.md").read_text()
+
+
+def test_a_lost_device_ends_the_tests(tmp_path):
+    (tmp_path / "test_lost.py").write_text("""
+import torch
+def test_first(): raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+def test_second(): assert False, "it ran"
+""")
+    command = [PYTHON, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", tmp_path]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(gpu.ROOT / "tests"), str(gpu.ROOT / "kernels")])}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert "the device is lost to this process since test_lost.py::test_first" in result.stdout, result.stdout
+    assert result.returncode == 1 and "it ran" not in result.stdout
 
 
 def test_gpu_steps_find_their_tests(tmp_path, monkeypatch):

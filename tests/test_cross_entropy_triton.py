@@ -100,7 +100,9 @@ def test_real_tiles(V, processors, monkeypatch):
     check(*make(2, V, dtype=torch.float16), {}, "mean")
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60 if INTERPRETED else 15, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)  # fmt: skip
 @given(
     shape=st.tuples(st.integers(1, 8), st.integers(1, 2100)) | st.tuples(st.integers(1, 3), st.integers(1, 50), st.integers(1, 50)),
     dtype=st.sampled_from(DTYPES), options=st.sampled_from(list(OPTIONS)), reduction=st.sampled_from(REDUCTIONS),

@@ -93,7 +93,7 @@ def test_pointwise(shape, gamma, dtype, reduction):
     check_pointwise(x, torch.rand(shape), None, None, None, 0.25 if gamma else -1.0, gamma, reduction)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60 if INTERPRETED else 15, derandomize=True, deadline=None)
 @given(
     shape=shapes, dtype=st.sampled_from(DTYPES), target=st.sampled_from(TARGETS), reduction=st.sampled_from(REDUCTIONS),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)), gamma=st.sampled_from(GAMMAS), weighted=st.booleans(),
@@ -119,7 +119,7 @@ def test_dice(shape, dtype, per_image, reduction):
     check_dice(x, torch.rand(shape), None, (None, 1.0, 1.0, 1.0, False, per_image, reduction))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=60 if INTERPRETED else 15, derandomize=True, deadline=None)
 @given(
     shape=image_shapes, dtype=st.sampled_from(DTYPES), target=st.sampled_from([*TARGETS, "map"]), reduction=st.sampled_from(REDUCTIONS),
     layouts=st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)), pos_weight=st.booleans(),

@@ -25,7 +25,7 @@ def segment(paths: list[str], checkpoint: str, out: str, *, device: str = "", sk
     anything is written.
     """
     model, _ = load("unet", checkpoint, device)
-    pictures, written = images.given(paths, skip_corrupt), []
+    pictures, written = images.given(paths, skip_corrupt, out, (".mask.png", ".overlay.png")), []
     if not pictures:
         raise UserError("none of the images can be used")
     with files.writing(Path(out)):

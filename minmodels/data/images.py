@@ -65,9 +65,13 @@ def usable(paths: Iterable[Path], use: Callable[[Path], object], skip: bool) -> 
     return results
 
 
-def given(paths: list[str], skip: bool) -> dict[str, np.ndarray]:
-    """{name: image} of files, and of all images in folders, as read() gives them; a name is that of the file without its suffix."""
-    files = [file for path in map(Path, paths) for file in (listed(path) if path.is_dir() else [path])]
+def given(paths: list[str], skip: bool, out: str, endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """{name: image} of files, and of all images in folders but for results: the files in out with these endings, as read() gives them;
+    a name is that of the file without its suffix."""
+    results = {file.resolve() for ending in endings for file in Path(out).glob(f"*{ending}")}
+    files = []
+    for path in map(Path, paths):
+        files += [file for file in listed(path) if file.resolve() not in results] if path.is_dir() else [path]
     names = {}
     for file in files:
         if not file.exists():

@@ -357,15 +357,21 @@ def test_windows():
     idx, targets = textdata.sample(ids, 50, 8, torch.Generator().manual_seed(0))
     assert idx.shape == (50, 8) and torch.equal(targets, idx + 1) and torch.equal(idx - idx[:, :1], torch.arange(8).expand(50, 8))
     assert textdata.sample(ids[:9], 4, 8, torch.Generator())[1][:, -1].tolist() == [8] * 4
-    for block_size, last in ((1, 99), (8, 96), (9, 99)):  # each target once, from the half of a window before it at least
+    for block_size in (1, 8, 9, 99):  # each target once, from the half of a window before it at least
         idx, targets = textdata.sweep(ids, block_size)
-        assert targets[targets >= 0].tolist() == list(range(1, last + 1)) and (targets[0] >= 0).all()
+        assert targets[targets >= 0].tolist() == list(range(1, 100)) and (targets[0] >= 0).all()
         assert torch.equal((idx + 1)[targets >= 0], targets[targets >= 0]) and (targets[1:, : block_size // 2] == -1).all()
-    assert len(textdata.sweep(ids, 9, most=4)[0]) == 4
-    near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
-    assert near == pytest.approx(50)
+        near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
+        assert near == pytest.approx(50)
+    targets = textdata.sweep(ids, 9, most=20)[1]
+    assert targets.max() == 99 and len(targets) == 4 and (targets >= 0).sum() == 9 + 5 + 5 + 5
 
 
+def test_the_whole_default_text_is_judged_and_of_a_long_one_how_much_is_told():
+    assert len(textdata.load("", 64).heldout) < textdata.MOST == 65536
+    ids = torch.zeros(200_000, dtype=torch.int32)
+    assert textdata.told(ids[:99]) == "99 held out" and textdata.told(ids) == "200,000 held out, 65,536 of them judged"
+    assert 65_536 <= (textdata.sweep(ids, 64)[1] >= 0).sum() < 65_536 + 64
 
 
 def test_loss_curve(tmp_path):

@@ -32,7 +32,7 @@ class TextRecipe(Recipe):
             raise UserError(str(error)) from error
         self.loss_unit = f"nats per {self.unit.removesuffix('s')}"
         self.units, self.sha256, self.model = options.block_size, text.sha256, self.new()
-        self.data = f"{text.name}: {len(text.train):,} {self.unit}, {len(text.heldout):,} held out, {len(self.tokens)} different ones"
+        self.data = f"{text.name}: {len(text.train):,} {self.unit}, {textdata.told(text.heldout)}, {len(self.tokens)} different ones"
 
     @abstractmethod
     def sizes(self):

@@ -35,7 +35,7 @@ class GPT1Recipe(Recipe):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.units, self.sha256, self.model = T, documents.sha256, self.new()
-        self.data = f"{documents.name}: {len(self.train):,} tokens, {len(self.held):,} held out, {self.config.vocab_size:,} different ones"
+        self.data = f"{documents.name}: {len(self.train):,} tokens, {textdata.told(self.held)}, {self.config.vocab_size:,} different ones"
 
     @seeded
     def new(self):

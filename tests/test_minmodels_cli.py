@@ -233,6 +233,15 @@ def test_bad_text(tmp_path, capsys, content, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"], ids=repr)
+def test_ends_of_lines_of_other_systems(tmp_path, end):
+    found = []
+    for name, line in (("x.txt", "\n"), ("y.txt", end)):
+        (tmp_path / name).write_bytes((LINE * 20 + "\n\n" + LINE * 20).replace("\n", line).encode())
+        found.append(textdata.load(str(tmp_path / name), 16))
+    assert found[0].sha256 == found[1].sha256 and "\r" not in found[1].vocab
+
+
 def damaged(kind, tmp_path, book):
     path = tmp_path / "run"
     if kind != "missing":

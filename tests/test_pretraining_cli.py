@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
-from minmodels import files
+from minmodels import UserError, files
 from minmodels.data import documents, tasks
 from minmodels.options import FINETUNED
 from test_minmodels_cli import metrics, run, stop_after
@@ -204,6 +204,13 @@ def test_bad_input(model, book, tmp_path, capsys):
         assert run(*command, *where) == 2
         assert re.fullmatch(f"error: [^\n]*({message})[^\n]*\n", capsys.readouterr().err)
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", tasks.MADE)
+def test_a_text_of_one_document_is_no_matter_for_a_task(tmp_path, task):
+    (tmp_path / "x.txt").write_text("The fox runs. " * 50)
+    with pytest.raises(UserError, match=rf"x\.txt is too short for the task '{task}': .* two empty lines part, it has 1 to learn from and 1 "):
+        tasks.load(task, "", str(tmp_path / "x.txt"))
 
 
 def test_fill_on_a_training(book, tmp_path, capsys):

@@ -58,7 +58,8 @@ def load(name: str, path: str, text: str) -> Task:
     seen = {sentence for document in documents.train for sentence in document}
     parts = make(documents.train, set(), random.Random(0)), make(documents.heldout, seen, random.Random(1))
     if not all(parts):
-        raise UserError(f"{documents.name} is too short for the task {name!r}")
+        counts = f"{len(documents.train)} to learn from and {len(documents.heldout)} held out"
+        raise UserError(f"{documents.name} is too short for the task {name!r}: of documents, which two empty lines part, it has {counts}")
     return Task(f"{name}, of {documents.name}", *MADE[name], *parts)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,6 +103,7 @@ def _split_file(path: str) -> tuple[str, str]:
         raise UserError(f"{path} is binary, not text: a NUL byte at offset {raw.index(0)}")
     if not text.strip():
         raise UserError(f"{path} is empty" if not text else f"{path} holds nothing but white space")
+    text = re.sub("\r\n?", "\n", text)
     cut = len(text) - len(text) // 10
     return text[:cut], text[cut:]
 

@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 from safetensors.torch import save_file
 
-from minmodels import files, plot, train
+from minmodels import files, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
 from minmodels.options import GPTOptions
@@ -381,15 +381,3 @@ def test_the_whole_default_text_is_judged_and_of_a_long_one_how_much_is_told():
     ids = torch.zeros(200_000, dtype=torch.int32)
     assert textdata.told(ids[:99]) == "99 held out" and textdata.told(ids) == "200,000 held out, 65,536 of them judged"
     assert 65_536 <= (textdata.sweep(ids, 64)[1] >= 0).sum() < 65_536 + 64
-
-
-def test_loss_curve(tmp_path):
-    lines = [{"step": i, "loss": 3.0 / i + 1, "lr": 0.1, "seconds": 0.1 * i} for i in range(1, 251)]
-    lines.insert(125, {"step": 125, "heldout": 1.1, "seconds": 12.5})
-    (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 250, "heldout": 1.0, "seconds": 25.0}]))
-    figure = plot.loss_figure(tmp_path / "m", "a title", "nats")
-    axes = figure.axes[0]
-    assert axes.get_title() == "a title" and axes.get_xlabel() == "training time (s)" and "nats" in axes.get_ylabel()
-    raw, mean, heldout = axes.get_lines()
-    assert len(raw.get_xdata()) == 250 and len(mean.get_xdata()) == 125 and list(heldout.get_ydata()) == [1.1, 1.0]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out"]

@@ -340,6 +340,8 @@ BAD = {
     "train transformer --length 3": "must be a whole number from 4 on, got '3'",
     "train transformer --n-embd 10": "error: n_embd must be even and a multiple of n_head, got 10 and 4",
     "generate gpt --checkpoint x --top-p 0": "must be more than 0 and at most 1, got '0'",
+    "generate adder --checkpoint x --top-k 3 --seed 1": "error: --top-k --seed: adder gives the likeliest answer to the prompt",
+    "generate transformer --checkpoint x --tokens 500": "error: --tokens: transformer gives the likeliest answer to the prompt",
     "generate gpt --checkpoint x --top-k -1": "must be a whole number from 0 on, got '-1'",
 }
 

@@ -135,6 +135,17 @@ def test_output_that_nobody_takes(book, tmp_path):
     assert done.returncode == 128 + 13 and done.stderr == ""
 
 
+def test_a_terminal_that_cannot_show_what_is_written():
+    code = """if True:
+        import runpy, sys, types
+        sys.modules["minmodels.generate"] = types.SimpleNamespace(generate=lambda **given: "Å \\U0001f600!")
+        sys.argv[1:] = "generate", "gpt", "--checkpoint", "x"
+        runpy.run_module("minmodels", run_name="__main__")"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? ?!\n", "")
+
+
 def test_metrics_are_whole_lines_on_a_full_disk(tmp_path):
     """The kernel itself refuses, in the middle of a record."""
     script = """if True:
@@ -305,9 +316,14 @@ BAD_OPTIONS = {
     "train gpt --dtype float16": "invalid choice: 'float16'",
     "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
     "train gpt --device nowhere": "error: device nowhere cannot be used: ",
+    "train gpt --device meta": "error: device meta cannot be used: not one of cpu",
+    f"train gpt --seed {2**63}": f"argument --seed: must be less than 2**63, got '{2**63}'",
     "generate gpt": "the following arguments are required: --checkpoint",
     "generate gpt --checkpoint x --temperature -1": "must be a number from 0 on, got '-1'",
     "generate gpt --checkpoint x --tokens -1": "must be a whole number from 0 on, got '-1'",
+    "generate gpt --checkpoint x --prompt a\udcff": r"argument --prompt: must be UTF-8 text, got 'a\udcff'",
+    "fill minbert --checkpoint x a\udcff": r"argument TEXT: must be UTF-8 text, got 'a\udcff'",
+    "classify gpt1 --checkpoint x a b\udcff": r"argument TEXT: must be UTF-8 text, got 'b\udcff'",
     "dance": "invalid choice: 'dance'",
     "": "the following arguments are required: COMMAND",
 }

@@ -209,7 +209,7 @@ def test_bad_input(model, book, tmp_path, capsys):
 @pytest.mark.parametrize("task", tasks.MADE)
 def test_a_text_of_one_document_is_no_matter_for_a_task(tmp_path, task):
     (tmp_path / "x.txt").write_text("The fox runs. " * 50)
-    with pytest.raises(UserError, match=rf"x\.txt is too short for the task '{task}': .* two empty lines part, it has 1 to learn from and 1 "):
+    with pytest.raises(UserError, match=rf"x\.txt is too short for the task '{task}': .* it has 1 to learn from and 1 held out"):
         tasks.load(task, "", str(tmp_path / "x.txt"))
 
 

@@ -163,6 +163,16 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
     assert re.match(r"[01]\.\d+  cat\n", capsys.readouterr().out)
 
 
+def test_each_class_of_a_sorted_file_is_held_out(tmp_path):
+    found = []
+    for name, lines in (("mixed", LINES), ("sorted", sorted(LINES, key=lambda line: line[:3]))):
+        (tmp_path / name).write_text("\n".join(lines))
+        task = tasks.load("classification", str(tmp_path / name), "")
+        assert len(task.heldout) == len(LINES) // 10 and len(task.train) + len(task.heldout) == len(LINES)
+        found.append({(e.label, e.texts) for e in task.heldout})
+    assert found[0] == found[1] and {label for label, _ in found[0]} == {0, 1}
+
+
 FILES = {
     "missing": ("classification", None, r"cannot read .*x\.tsv: No such file or directory"),
     "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1,"),

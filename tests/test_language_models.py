@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 
 import pytest
@@ -199,6 +200,17 @@ def test_bpe_is_lossless_and_repeatable():
         assert bpe.decode(ids) == text and ids.dtype == torch.int64
         assert torch.equal(tokens.restore(json.loads(json.dumps(bpe.state()))).encode(text), ids)
     assert len(bpe.encode(LINE)) < len(LINE) / 3 and bpe.decode(bpe.start()) == "\n"
+
+
+def test_bpe_learns_a_text_without_spaces_in_parts():
+    """As one word 300,000 letters take a minute."""
+    pytest.importorskip("tokenizers")
+    text = "".join(random.Random(0).choices("ACGT", k=300_000))
+    bpe = tokens.BPE.learn(text, 300)
+    ids = bpe.encode(text)
+    assert len(bpe) == 300 and bpe.decode(ids) == text and len(ids) < len(text) / 2
+    long = tokens.BPE.learn("N" * 3000, 300)
+    assert max(map(len, long.tokenizer.get_vocab())) == 256 and long.decode(long.encode("N" * 999)) == "N" * 999
 
 
 def test_training_on_bpe_and_its_loss_per_character(book, tmp_path, capsys):  # noqa: F811

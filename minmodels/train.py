@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 
 import torch
 from rich.console import Console
@@ -87,7 +88,7 @@ def train(
             if evaluate or stop:
                 run.save(path)
     if not done:
-        again = f"python -m minmodels train {name} --out {path.parent} --resume"
+        again = f"python -m minmodels train {name} --out {quote(str(path.parent))} --resume"
         raise Interrupted(f"interrupted; {path} holds step {run.step}", signals.number, again)
     title = f"{name} learns {run.recipe.data.split(':')[0]}"
     with files.replacing(path.with_name("loss.png")) as part:

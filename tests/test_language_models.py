@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shlex
 
 import pytest
 import torch
@@ -300,6 +301,24 @@ def test_resuming_repeats_the_losses_bit_for_bit(name, book, tmp_path, monkeypat
     capsys.readouterr()
     assert run("eval", TINY[name][0], "--checkpoint", broken) == 0
     assert capsys.readouterr().out.startswith(f"held-out loss {metrics(straight, 'heldout')[-1][1]:.3f}")
+
+
+def told(text):
+    """The command that a hint gives."""
+    return shlex.split(re.search(r": python -m minmodels (.*)", text)[1])
+
+
+SMALLEST = {"bigram": [], "adder": ["--digits", 1, *WIDTH], "transformer": ["--length", 4, *WIDTH]}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_hints_are_commands_that_work(name, book, tmp_path, monkeypatch, capsys):  # noqa: F811
+    text = ["--text", book] if name == "bigram" else []
+    with monkeypatch.context() as m:
+        stop_after(m, 1)
+        assert run("train", name, *text, "--out", tmp_path / "my run", *SMALLEST[name], "--steps", 2) == 130
+    assert run(*told(capsys.readouterr().err)) == 0
+    assert run(*told(capsys.readouterr().out)) == 0
 
 
 def test_the_bigram_model_learns_and_continues(book, tmp_path, capsys):  # noqa: F811

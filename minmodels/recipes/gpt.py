@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class TextRecipe(Recipe):
         return self.tokens.state()
 
     def finish(self, model, folder: Path):
-        return f"to sample: python -m minmodels generate {self.name} --checkpoint {folder}"
+        return f"to sample: python -m minmodels generate {self.name} --checkpoint {quote(str(folder))}"
 
     @classmethod
     def build(cls, meta) -> nn.Module:

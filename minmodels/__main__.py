@@ -130,10 +130,13 @@ def _classify(model, checkpoint, texts, device):
         print(f"{p:.3f}  {label}")
 
 
-def _generate(**args):
+def _generate(model, **args):
     from minmodels.generate import generate
 
-    print(generate(**args))
+    sampling = [f"--{key.replace('_', '-')}" for key in ("tokens", "temperature", "top_k", "top_p", "seed") if key in args]
+    if sampling and model in ("adder", "transformer"):
+        raise UserError(f"{' '.join(sampling)}: {model} gives the likeliest answer to the prompt, without options of sampling")
+    print(generate(model=model, **args))
 
 
 def _segment(images, **args):
@@ -206,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     fill = commands.add_parser("fill", help="guess masked words", description=about, epilog=FILL_EXAMPLES)
     fill.add_argument("model", choices=["minbert"])
     fill.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or of a Hugging Face BERT")
-    fill.add_argument("text", metavar="TEXT", help="with at least one [MASK]")
+    fill.add_argument("text", type=_text, metavar="TEXT", help="with at least one [MASK]")
     fill.add_argument("--top", type=_whole(1), default=5, metavar="N", help="words to print for each (default: 5)")
     _add_where(fill)
     fill.set_defaults(run=_using(_fill))
@@ -215,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     classify = commands.add_parser("classify", help="tell the class of a text", description=about, epilog=CLASSIFY_EXAMPLES)
     classify.add_argument("model", choices=FINETUNED)
     classify.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a fine-tuning, or its checkpoint file")
-    classify.add_argument("texts", nargs="+", metavar="TEXT", help="as many as an example of its task has")
+    classify.add_argument("texts", type=_text, nargs="+", metavar="TEXT", help="as many as an example of its task has")
     _add_where(classify)
     classify.set_defaults(run=_using(_classify))
 
@@ -224,13 +227,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", choices=["gpt", "bigram", "adder", "transformer"], help="gpt: minGPT; the last two answer the prompt")
     from_where = "folder of a training, or its checkpoint file; for gpt also a Hugging Face folder with a GPT-2"
     generate.add_argument("--checkpoint", required=True, metavar="DIR", help=from_where)
-    generate.add_argument("--prompt", default="", metavar="TEXT", help="text to continue (default: empty, the start of a line)")
-    generate.add_argument("--tokens", type=_whole(0), default=500, metavar="N", help="tokens to add (default: 500)")
-    generate.add_argument("--temperature", type=_not_negative, default=0.8, metavar="T", help="0 takes the likeliest token (default: 0.8)")
-    generate.add_argument("--top-k", type=_whole(0), default=0, metavar="K", help="only the K likeliest tokens (default: 0, all)")
+    generate.add_argument("--prompt", type=_text, default="", metavar="TEXT", help="text to continue (default: empty, the start of a line)")
+    sampling = functools.partial(generate.add_argument, default=argparse.SUPPRESS)
+    sampling("--tokens", type=_whole(0), metavar="N", help="tokens to add (default: 500)")
+    sampling("--temperature", type=_not_negative, metavar="T", help="0 takes the likeliest token (default: 0.8)")
+    sampling("--top-k", type=_whole(0), metavar="K", help="only the K likeliest tokens (default: 0, all)")
     top_p = "only the likeliest tokens that together reach this probability (default: 1, all)"
-    generate.add_argument("--top-p", type=_share, default=1.0, metavar="P", help=top_p)
-    generate.add_argument("--seed", type=_whole(0), default=0, metavar="S", help="the same seed, the same text (default: 0)")
+    sampling("--top-p", type=_share, metavar="P", help=top_p)
+    sampling("--seed", type=_whole(0), metavar="S", help="the same seed, the same text (default: 0)")
     _add_where(generate)
     generate.set_defaults(run=_using(_generate))
 
@@ -294,9 +298,19 @@ def _whole(least: int):
     def convert(text: str) -> int:
         if not text.strip().lstrip("+-").isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text!r}")
+        if int(text) >= 2**63:
+            raise argparse.ArgumentTypeError(f"must be less than 2**63, got {text!r}")
         return int(text)
 
     return convert
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # of bytes that are not UTF-8, Python makes lone surrogates
+        raise argparse.ArgumentTypeError(f"must be UTF-8 text, got {text!r}") from error
+    return text
 
 
 def _not_negative(text: str) -> float:
@@ -328,4 +342,6 @@ def _share(text: str) -> float:
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # models write what a terminal may not be able to show
     sys.exit(main())

@@ -31,8 +31,10 @@ def load(folder: str, device: str = "") -> tuple[BERT, Tokenizer, str]:
     if not (path / "config.json").exists():
         model, meta = load_ours("minbert", folder, device)
         return model, Tokenizer.from_str(meta["tokenizer"]), meta["options"]["text"]
-    model = from_huggingface(path)
-    return model.to(pick_device(device)).eval(), _tokenizer(path), ""
+    model, tokenizer = from_huggingface(path), _tokenizer(path)
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the model {model.config.vocab_size}")
+    return model.to(pick_device(device)).eval(), tokenizer, ""
 
 
 def from_huggingface(path: Path) -> BERT:

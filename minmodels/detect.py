@@ -28,7 +28,7 @@ def detect(
     images are read before anything is written.
     """
     model, meta = load("yolo", checkpoint, device)
-    pictures, results, drawn = images.given(paths, skip_corrupt), {}, {}
+    pictures, results, drawn = images.given(paths, skip_corrupt, out, (".boxes.png",)), {}, {}
     if not pictures:
         raise UserError("none of the images can be used")
     for name, image in pictures.items():

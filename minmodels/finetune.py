@@ -1,6 +1,7 @@
 """Fine-tuning beside the same from nothing, so that one sees what pretraining is worth."""
 
 from pathlib import Path
+from shlex import quote
 
 from minmodels import Interrupted, UserError, files
 from minmodels.options import FINETUNED
@@ -32,9 +33,9 @@ def finetune(model: str, given: dict, *, resume: bool, overwrite: bool, compare:
             trained.append(error)
             scores[title] = error.scores
         except Interrupted as error:
-            again = f"python -m minmodels finetune {model} --out {out} --resume{'' if compare else ' --no-compare'}"
+            again = f"python -m minmodels finetune {model} --out {quote(str(out))} --resume{'' if compare else ' --no-compare'}"
             raise Interrupted(error.message, error.signal, again) from error
     if len(trained) == len(parts):
         raise UserError(str(trained[0]))
     texts = " ".join(f'"TEXT {i + 1}"' for i in range(files.load_checkpoint(out, prefix="-")[1]["task"]["texts"]))
-    return scores, f"to use it: python -m minmodels classify {model} --checkpoint {out} {texts}"
+    return scores, f"to use it: python -m minmodels classify {model} --checkpoint {quote(str(out))} {texts}"

@@ -14,7 +14,7 @@ from minmodels.recipes import load
 def generate(
     checkpoint: str,
     prompt: str,
-    tokens: int,
+    tokens: int = 500,
     *,
     model: str = "gpt",
     temperature: float = 0.8,

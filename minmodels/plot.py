@@ -4,12 +4,16 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 from matplotlib.figure import Figure
 
 from minmodels import files
 from minmodels.metrics import Curve
 
+plain = matplotlib.rc_context({"text.parse_math": False})  # decorates what makes a figure: a $ in a name begins no formula
 
+
+@plain
 def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     """Training and held-out loss over the seconds of training, from the lines of metrics.jsonl."""
     records = files.records(metrics)
@@ -32,6 +36,7 @@ def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     return figure
 
 
+@plain
 def precision_recall_figure(curves: Mapping[str, Curve], title: str) -> Figure:
     """The curves of CocoAP.curve() or VocAP.curve(), by the names that they get in the legend."""
     figure = Figure(figsize=(6, 5), dpi=150, layout="constrained")
@@ -41,7 +46,9 @@ def precision_recall_figure(curves: Mapping[str, Curve], title: str) -> Figure:
     axes.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    legend = axes.legend(axes.lines, ["?"] * len(curves), frameon=False)
+    for text, name in zip(legend.get_texts(), curves, strict=True):
+        text.set_text(name)  # as a label one that begins with _ would be left out
     return figure
 
 

@@ -12,6 +12,7 @@ from minmodels import UserError, files
 from minmodels.data import images
 from minmodels.data.masks import Example
 from minmodels.minunet import UNet
+from minmodels.plot import plain
 from minmodels.recipes import load
 
 COLORS = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # (10, 3), of the classes from 1 on
@@ -25,7 +26,7 @@ def segment(paths: list[str], checkpoint: str, out: str, *, device: str = "", sk
     anything is written.
     """
     model, _ = load("unet", checkpoint, device)
-    pictures, written = images.given(paths, skip_corrupt), []
+    pictures, written = images.given(paths, skip_corrupt, out, (".mask.png", ".overlay.png")), []
     if not pictures:
         raise UserError("none of the images can be used")
     with files.writing(Path(out)):
@@ -50,6 +51,7 @@ def overlay(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return _tinted(image, mask > 0, COLORS[(mask.astype(np.intp) - 1) % len(COLORS)])
 
 
+@plain
 def figure(examples: list[Example], found: list[np.ndarray], classes: int) -> Figure:
     """A row an example: the image, the true mask, the mask found, and where the two agree."""
     titles = "input", "truth", "prediction", "overlay"

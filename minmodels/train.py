@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 
 import torch
@@ -104,7 +105,7 @@ def train(
             if evaluate:  # only now: who reads this may be gone
                 console.print(f"{state}  {told(scores)}", soft_wrap=True)
     if not done:
-        again = f"python -m minmodels train {name} --out {path.parent} --resume"
+        again = f"python -m minmodels train {name} --out {quote(str(path.parent))} --resume"
         raise Interrupted(f"interrupted; {path} holds step {run.step}", signals.number, again)
     return scores, run.finish(path.parent)
 

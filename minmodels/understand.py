@@ -18,7 +18,8 @@ def fill(checkpoint: str, text: str, *, top: int = 5, device: str = "") -> tuple
     if getattr(model, "fresh_words", False):
         raise UserError(f"{checkpoint} has no head for masked words")
     mask, cls, sep = map(tokenizer.token_to_id, ("[MASK]", "[CLS]", "[SEP]"))
-    ids = [cls, *tokenizer.encode(text, add_special_tokens=False).ids, sep]
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    ids = [cls, *encoding.ids, sep]
     places = [i for i, token in enumerate(ids) if token == mask]
     if not places:
         raise UserError(f"there is no [MASK] in {text!r}")
@@ -29,10 +30,13 @@ def fill(checkpoint: str, text: str, *, top: int = 5, device: str = "") -> tuple
     logits = torch.nn.functional.linear(features, weight, bias).float()
     logits[:, [i for i in map(tokenizer.token_to_id, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) if i is not None]] = -torch.inf
     p, found = logits.softmax(-1).topk(min(top, logits.shape[1]))
-    for place, token in zip(places, found[:, 0].tolist(), strict=True):
-        ids[place] = token
     words = [[(tokenizer.id_to_token(i), q) for i, q in zip(*pair, strict=True)] for pair in zip(found.tolist(), p.tolist(), strict=True)]
-    return tokenizer.decode(ids[1:-1]), words
+    filled, end = "", 0
+    for place, [(word, _), *_] in zip(places, words, strict=True):
+        start, stop = encoding.offsets[place - 1]  # of the text as it was given: the tokens know no capitals
+        filled += text[end:start]
+        filled, end = (filled.rstrip() if word.startswith("##") else filled) + word.removeprefix("##"), stop
+    return filled + text[end:], words
 
 
 @torch.no_grad()

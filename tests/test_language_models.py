@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 import re
+import shlex
 
 import pytest
 import torch
@@ -201,6 +203,17 @@ def test_bpe_is_lossless_and_repeatable():
     assert len(bpe.encode(LINE)) < len(LINE) / 3 and bpe.decode(bpe.start()) == "\n"
 
 
+def test_bpe_learns_a_text_without_spaces_in_parts():
+    """As one word 300,000 letters take a minute."""
+    pytest.importorskip("tokenizers")
+    text = "".join(random.Random(0).choices("ACGT", k=300_000))
+    bpe = tokens.BPE.learn(text, 300)
+    ids = bpe.encode(text)
+    assert len(bpe) == 300 and bpe.decode(ids) == text and len(ids) < len(text) / 2
+    long = tokens.BPE.learn("N" * 3000, 300)
+    assert max(map(len, long.tokenizer.get_vocab())) == 256 and long.decode(long.encode("N" * 999)) == "N" * 999
+
+
 def test_training_on_bpe_and_its_loss_per_character(book, tmp_path, capsys):  # noqa: F811
     pytest.importorskip("tokenizers")
     out = tmp_path / "run"
@@ -290,6 +303,24 @@ def test_resuming_repeats_the_losses_bit_for_bit(name, book, tmp_path, monkeypat
     assert capsys.readouterr().out.startswith(f"held-out loss {metrics(straight, 'heldout')[-1][1]:.3f}")
 
 
+def told(text):
+    """The command that a hint gives."""
+    return shlex.split(re.search(r": python -m minmodels (.*)", text)[1])
+
+
+SMALLEST = {"bigram": [], "adder": ["--digits", 1, *WIDTH], "transformer": ["--length", 4, *WIDTH]}
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_hints_are_commands_that_work(name, book, tmp_path, monkeypatch, capsys):  # noqa: F811
+    text = ["--text", book] if name == "bigram" else []
+    with monkeypatch.context() as m:
+        stop_after(m, 1)
+        assert run("train", name, *text, "--out", tmp_path / "my run", *SMALLEST[name], "--steps", 2) == 130
+    assert run(*told(capsys.readouterr().err)) == 0
+    assert run(*told(capsys.readouterr().out)) == 0
+
+
 def test_the_bigram_model_learns_and_continues(book, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "run"
     assert run("train", "bigram", "--text", book, "--out", out, "--steps", 300, "--block-size", 16) == 0
@@ -340,6 +371,8 @@ BAD = {
     "train transformer --length 3": "must be a whole number from 4 on, got '3'",
     "train transformer --n-embd 10": "error: n_embd must be even and a multiple of n_head, got 10 and 4",
     "generate gpt --checkpoint x --top-p 0": "must be more than 0 and at most 1, got '0'",
+    "generate adder --checkpoint x --top-k 3 --seed 1": "error: --top-k --seed: adder gives the likeliest answer to the prompt",
+    "generate transformer --checkpoint x --tokens 500": "error: --tokens: transformer gives the likeliest answer to the prompt",
     "generate gpt --checkpoint x --top-k -1": "must be a whole number from 0 on, got '-1'",
 }
 

@@ -253,7 +253,15 @@ def test_fill_takes_the_likeliest_words(tmp_path):
     assert [w[0][0] for w in words] == best and [len(w) for w in words] == [3, 3]
     expected = torch.cat((torch.full((2, 5), -torch.inf), logits), 1).softmax(-1).max(-1).values
     assert [w[0][1] for w in words] == pytest.approx(expected.tolist(), rel=1e-4)
-    assert text.split()[0] == "the" and best[0].removeprefix("##") in text
+    one, two = (("" if word.startswith("##") else " ") + word.removeprefix("##") for word in best)
+    assert text == f"the{one} runs{two} ."
+
+
+def test_fill_leaves_the_rest_of_the_text_as_it_was(tmp_path):
+    fake_folder(tmp_path)
+    text, words = fill(str(tmp_path), "\nThe 😀  Zürich §x ([MASK]), DOG don't[MASK]?\n", top=1)
+    one, two = (word.removeprefix("##") for [(word, _)] in words)
+    assert text == f"\nThe 😀  Zürich §x ({one}), DOG don't{two}?\n"
 
 
 @pytest.mark.parametrize(("head", "kept"), bert_folder.TIED.items())
@@ -283,6 +291,11 @@ def test_bad_folders_and_texts(tmp_path):
     fake_folder(tmp_path / "d", hidden_act="relu")
     with pytest.raises(UserError, match="hidden_act = 'relu', and this model has 'gelu'"):
         fill(str(tmp_path / "d"), "the [MASK]")
+    fake_folder(tmp_path / "e")
+    with (tmp_path / "e" / "vocab.txt").open("a") as f:
+        f.write("\none\nmore")
+    with pytest.raises(UserError, match=f"e: the tokenizer has {len(WORDS) + 2} tokens, the model {len(WORDS)}"):
+        fill(str(tmp_path / "e"), "the [MASK] more")
     fake_folder(tmp_path / "e")
     for text, message in (("the fox", r"there is no \[MASK\]"), ("[MASK] " * 30, "the text has 32 tokens .* the model takes 20")):
         with pytest.raises(UserError, match=message):

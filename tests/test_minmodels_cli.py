@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("matplotlib")  # the extra "models": a machine that has torch alone can run the other tests
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
-from minmodels import files, plot, train
+from minmodels import files, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
 from minmodels.options import GPTOptions
@@ -133,6 +133,17 @@ def test_output_that_nobody_takes(book, tmp_path):
     assert done.returncode == 128 + 13 and done.stderr == ""
 
 
+def test_a_terminal_that_cannot_show_what_is_written():
+    code = """if True:
+        import runpy, sys, types
+        sys.modules["minmodels.generate"] = types.SimpleNamespace(generate=lambda **given: "Å \\U0001f600!")
+        sys.argv[1:] = "generate", "gpt", "--checkpoint", "x"
+        runpy.run_module("minmodels", run_name="__main__")"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "? ?!\n", "")
+
+
 def test_metrics_are_whole_lines_on_a_full_disk(tmp_path):
     """The kernel itself refuses, in the middle of a record."""
     script = """if True:
@@ -213,6 +224,15 @@ def test_bad_text(tmp_path, capsys, content, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("end", ["\r\n", "\r"], ids=repr)
+def test_ends_of_lines_of_other_systems(tmp_path, end):
+    found = []
+    for name, line in (("x.txt", "\n"), ("y.txt", end)):
+        (tmp_path / name).write_bytes((LINE * 20 + "\n\n" + LINE * 20).replace("\n", line).encode())
+        found.append(textdata.load(str(tmp_path / name), 16))
+    assert found[0].sha256 == found[1].sha256 and "\r" not in found[1].vocab
+
+
 BAD_OPTIONS = {
     "train bart": "invalid choice: 'bart'",
     "train gpt --steps 0": "must be a whole number from 1 on, got '0'",
@@ -223,9 +243,14 @@ BAD_OPTIONS = {
     "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
     "train gpt --n-embd 4000000": "error: not enough memory, ask for smaller sizes or batches. ",
     "train gpt --device nowhere": "error: device nowhere cannot be used: ",
+    "train gpt --device meta": "error: device meta cannot be used: not one of cpu",
+    f"train gpt --seed {2**63}": f"argument --seed: must be less than 2**63, got '{2**63}'",
     "generate gpt": "the following arguments are required: --checkpoint",
     "generate gpt --checkpoint x --temperature -1": "must be a number from 0 on, got '-1'",
     "generate gpt --checkpoint x --tokens -1": "must be a whole number from 0 on, got '-1'",
+    "generate gpt --checkpoint x --prompt a\udcff": r"argument --prompt: must be UTF-8 text, got 'a\udcff'",
+    "fill minbert --checkpoint x a\udcff": r"argument TEXT: must be UTF-8 text, got 'a\udcff'",
+    "classify gpt1 --checkpoint x a b\udcff": r"argument TEXT: must be UTF-8 text, got 'b\udcff'",
     "dance": "invalid choice: 'dance'",
     "": "the following arguments are required: COMMAND",
 }
@@ -275,22 +300,18 @@ def test_windows():
     idx, targets = textdata.sample(ids, 50, 8, torch.Generator().manual_seed(0))
     assert idx.shape == (50, 8) and torch.equal(targets, idx + 1) and torch.equal(idx - idx[:, :1], torch.arange(8).expand(50, 8))
     assert textdata.sample(ids[:9], 4, 8, torch.Generator())[1][:, -1].tolist() == [8] * 4
-    for block_size, last in ((1, 99), (8, 96), (9, 99)):  # each target once, from the half of a window before it at least
+    for block_size in (1, 8, 9, 99):  # each target once, from the half of a window before it at least
         idx, targets = textdata.sweep(ids, block_size)
-        assert targets[targets >= 0].tolist() == list(range(1, last + 1)) and (targets[0] >= 0).all()
+        assert targets[targets >= 0].tolist() == list(range(1, 100)) and (targets[0] >= 0).all()
         assert torch.equal((idx + 1)[targets >= 0], targets[targets >= 0]) and (targets[1:, : block_size // 2] == -1).all()
-    assert len(textdata.sweep(ids, 9, most=4)[0]) == 4
-    near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
-    assert near == pytest.approx(50)
+        near = textdata.mean_loss((idx, targets), lambda idx, targets: targets[targets >= 0].double().mean())
+        assert near == pytest.approx(50)
+    targets = textdata.sweep(ids, 9, most=20)[1]
+    assert targets.max() == 99 and len(targets) == 4 and (targets >= 0).sum() == 9 + 5 + 5 + 5
 
 
-def test_loss_curve(tmp_path):
-    lines = [{"step": i, "loss": 3.0 / i + 1, "lr": 0.1, "seconds": 0.1 * i} for i in range(1, 251)]
-    lines.insert(125, {"step": 125, "heldout": 1.1, "seconds": 12.5})
-    (tmp_path / "m").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 250, "heldout": 1.0, "seconds": 25.0}]))
-    figure = plot.loss_figure(tmp_path / "m", "a title", "nats")
-    axes = figure.axes[0]
-    assert axes.get_title() == "a title" and axes.get_xlabel() == "training time (s)" and "nats" in axes.get_ylabel()
-    raw, mean, heldout = axes.get_lines()
-    assert len(raw.get_xdata()) == 250 and len(mean.get_xdata()) == 125 and list(heldout.get_ydata()) == [1.1, 1.0]
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["training, mean over 2 steps", "held-out"]
+def test_the_whole_default_text_is_judged_and_of_a_long_one_how_much_is_told():
+    assert len(textdata.load("", 64).heldout) < textdata.MOST == 65536
+    ids = torch.zeros(200_000, dtype=torch.int32)
+    assert textdata.told(ids[:99]) == "99 held out" and textdata.told(ids) == "200,000 held out, 65,536 of them judged"
+    assert 65_536 <= (textdata.sweep(ids, 64)[1] >= 0).sum() < 65_536 + 64

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
-from minmodels import files
+from minmodels import UserError, files
 from minmodels.data import documents, tasks
 from minmodels.options import FINETUNED
 from test_minmodels_cli import metrics, run, stop_after
@@ -188,6 +188,16 @@ def test_examples_from_a_file_are_learned(pretrained, tmp_path, capsys):
     assert re.fullmatch(r"error: .*lines\.tsv: not the data that the checkpoint was trained on\n", capsys.readouterr().err)
 
 
+def test_each_class_of_a_sorted_file_is_held_out(tmp_path):
+    found = []
+    for name, lines in (("mixed", LINES), ("sorted", sorted(LINES, key=lambda line: line[:3]))):
+        (tmp_path / name).write_text("\n".join(lines))
+        task = tasks.load("classification", str(tmp_path / name), "")
+        assert len(task.heldout) == len(LINES) // 10 and len(task.train) + len(task.heldout) == len(LINES)
+        found.append({(e.label, e.texts) for e in task.heldout})
+    assert found[0] == found[1] and {label for label, _ in found[0]} == {0, 1}
+
+
 FILES = {
     "missing": ("classification", None, r"cannot read .*x\.tsv: No such file or directory"),
     "one field": ("classification", ["a\ttext"] * 9 + ["text"], r"x\.tsv, line 10: classification has 2 fields, split at tabs, got 1,"),
@@ -231,6 +241,13 @@ def test_bad_input(model, book, tmp_path, capsys):
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("task", tasks.MADE)
+def test_a_text_of_one_document_is_no_matter_for_a_task(tmp_path, task):
+    (tmp_path / "x.txt").write_text("The fox runs. " * 50)
+    with pytest.raises(UserError, match=rf"x\.txt is too short for the task '{task}': .* it has 1 to learn from and 1 held out"):
+        tasks.load(task, "", str(tmp_path / "x.txt"))
+
+
 def test_fill_on_a_training(book, tmp_path, capsys):
     assert pretrain("minbert", book, tmp_path / "run") == 0
     assert json.loads(files.load_checkpoint(tmp_path / "run")[1]["tokenizer"])["model"]["type"] == "WordPiece"
@@ -239,7 +256,7 @@ def test_fill_on_a_training(book, tmp_path, capsys):
     capsys.readouterr()
     assert run("fill", "minbert", "--checkpoint", tmp_path / "run", "The fox [MASK] near home.", "--top", 3) == 0
     words, text = capsys.readouterr().out.splitlines()
-    assert len(words.split("  ")) == 3 and re.match(r"\S+ 0\.\d\d  ", words) and text.startswith("the fox")
+    assert len(words.split("  ")) == 3 and re.match(r"\S+ 0\.\d\d  ", words) and re.fullmatch(r"The fox ?\S+ near home\.", text)
     assert run("fill", "minbert", "--checkpoint", tmp_path / "run", "The fox.") == 2
     assert capsys.readouterr().err == "error: there is no [MASK] in 'The fox.'\n"
 

@@ -234,6 +234,15 @@ def test_a_corrupt_image_is_named_and_left_out_when_asked(model, tmp_path, capsy
 
 
 @pytest.mark.parametrize("model", TINY)
+def test_results_among_the_images_are_no_images(model, tmp_path):
+    assert tiny(model, data(model, tmp_path / "data"), tmp_path / "run", "--steps", 1) == 0
+    folder = tmp_path / "data" / "images"
+    for _ in range(2):
+        assert run(USES[model], folder, "--checkpoint", tmp_path / "run", "--out", folder) == 0
+    assert len(os.listdir(folder)) == 6 + (12 if model == "unet" else 7)
+
+
+@pytest.mark.parametrize("model", TINY)
 def test_images_that_cannot_be_used(model, tmp_path, capsys):
     assert tiny(model, data(model, tmp_path / "data"), tmp_path / "run", "--steps", 1) == 0
     capsys.readouterr()

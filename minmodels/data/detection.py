@@ -79,11 +79,16 @@ def coco(file: str, folder: str, side: int, skip_corrupt: bool = False) -> Scene
     names = {entry["id"]: str(entry.get("name", entry["id"])) for entry in parts["categories"].entries}
     files = parts["images"].column("file_name")
     sources = {image_of[entry["id"]]: Path(folder, str(file)) for entry, file in zip(data["images"], files, strict=True)}
+    sizes = {image_of[entry["id"]]: (entry.get("width"), entry.get("height")) for entry in data["images"]}
 
     def scene(i: int) -> Scene:
         mine = np.flatnonzero((image == i) & single)
         boxes = np.concatenate((xywh[mine, :2], xywh[mine, :2] + xywh[mine, 2:]), 1)
-        return _resized(sources[i], boxes, category[mine], side, lambda g: f"{path}: annotations[{mine[g]}]")
+        picture, size = images.read(sources[i]), sizes[i]
+        if all(size) and size != picture.shape[1::-1]:
+            told = f"{size[0]} x {size[1]} pixels, and it has {picture.shape[1]} x {picture.shape[0]}"
+            raise UserError(f"{path} has boxes for {sources[i]} of {told}: --images takes the images that were annotated")
+        return _resized(sources[i], picture, boxes, category[mine], side, lambda g: f"{path}: annotations[{mine[g]}]")
 
     return _usable(file, tuple(names[id] for id in category_of), sorted(sources), scene, skip_corrupt)
 
@@ -112,7 +117,7 @@ def yolo(folder: str, side: int, skip_corrupt: bool = False) -> Scenes:
         most = max(most, *(classes + 1), 0)
         cxcywh = np.array([row[1:] for row in rows], np.float64).reshape(-1, 4)
         boxes = np.concatenate((cxcywh[:, :2] - cxcywh[:, 2:] / 2, cxcywh[:, :2] + cxcywh[:, 2:] / 2), 1)
-        return _resized(path, boxes, classes, side, where.__getitem__, parts=True)
+        return _resized(path, images.read(path), boxes, classes, side, where.__getitem__, parts=True)
 
     found = _usable(folder, names or (), paths, scene, skip_corrupt)
     return found if names else Scenes(folder, tuple(map(str, range(most))), found.scenes)
@@ -129,9 +134,8 @@ def _usable(name, names, sources, scene, skip_corrupt) -> Scenes:
     return scenes
 
 
-def _resized(path: Path, boxes: np.ndarray, classes: np.ndarray, side: int, where, parts: bool = False) -> Scene:
-    """boxes: (G, 4) x1 y1 x2 y2 in pixels or, with parts, as parts of the image. where(g) says where box g was read."""
-    picture = images.read(path)
+def _resized(path: Path, picture: np.ndarray, boxes: np.ndarray, classes: np.ndarray, side: int, where, parts: bool = False) -> Scene:
+    """boxes: (G, 4) x1 y1 x2 y2 in pixels or, with parts, as parts of the picture. where(g) says where box g was read."""
     size = np.array([picture.shape[1], picture.shape[0]] * 2, np.float64)
     boxes = boxes * size if parts else boxes
     for g, (x1, y1, x2, y2) in enumerate(boxes):

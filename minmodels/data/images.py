@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from minmodels import UserError
@@ -22,22 +22,24 @@ class BadImage(UserError):
 
 
 def listed(folder: str | Path) -> list[Path]:
-    """The images of a folder and of those inside it, sorted. Raises UserError where there are none."""
+    """The images of a folder and of those inside it, sorted, but for hidden ones. Raises UserError where there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if not found:
         raise UserError(f"{folder} has no images ({' '.join(SUFFIXES)})")
     return found
 
 
 def opened(path: Path, convert: Callable[[Image.Image], Image.Image] | None = None) -> np.ndarray:
-    """What a file stores, or what convert makes of it: (H, W) or (H, W, channels). Raises BadImage."""
+    """What a file stores, upright as its EXIF says, or what convert makes of it: (H, W) or (H, W, channels). Raises BadImage."""
     try:
-        with Image.open(path) as image:
-            array = np.asarray(convert(image) if convert else image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file, Image.open(file) as image:  # of a path Pillow maps turned TIFFs in the wrong shape
+            upright = ImageOps.exif_transpose(image)
+            array = np.array(convert(upright) if convert else upright)
+    except Exception as error:  # of a damaged file Pillow raises anything
         what = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or no image"
         raise BadImage(f"cannot read {path}: {what}") from error
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -63,9 +65,13 @@ def usable(paths: Iterable[Path], use: Callable[[Path], object], skip: bool) -> 
     return results
 
 
-def given(paths: list[str], skip: bool) -> dict[str, np.ndarray]:
-    """{name: image} of files, and of all images in folders, as read() gives them; a name is that of the file without its suffix."""
-    files = [file for path in map(Path, paths) for file in (listed(path) if path.is_dir() else [path])]
+def given(paths: list[str], skip: bool, out: str, endings: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """{name: image} of files, and of all images in folders but for results: the files in out with these endings, as read() gives them;
+    a name is that of the file without its suffix."""
+    results = {file.resolve() for ending in endings for file in Path(out).glob(f"*{ending}")}
+    files = []
+    for path in map(Path, paths):
+        files += [file for file in listed(path) if file.resolve() not in results] if path.is_dir() else [path]
     names = {}
     for file in files:
         if not file.exists():

@@ -10,6 +10,7 @@ Every task made here has as many examples of each class as of the others, and le
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,7 +59,8 @@ def load(name: str, path: str, text: str) -> Task:
     seen = {sentence for document in documents.train for sentence in document}
     parts = make(documents.train, set(), random.Random(0)), make(documents.heldout, seen, random.Random(1))
     if not all(parts):
-        raise UserError(f"{documents.name} is too short for the task {name!r}")
+        counts = f"{len(documents.train)} to learn from and {len(documents.heldout)} held out"
+        raise UserError(f"{documents.name} is too short for the task {name!r}: of documents, which two empty lines part, it has {counts}")
     return Task(f"{name}, of {documents.name}", *MADE[name], *parts)
 
 
@@ -113,7 +115,7 @@ def _next(documents, seen, rng):
 
 def _read(kind, path):
     """A line an example, split at tabs: its class and its text or texts; of "choice" the number of the right answer from 0 on, the context
-    and the answers. The last tenth is held out."""
+    and the answers. The last tenth of each class is held out."""
     rows = enumerate("".join(textdata.read(path)[1:]).split("\n"), 1)  # splitlines() knows other ends of lines, too
     rows = {number: line.split("\t") for number, line in rows if line.strip()}
     lines = list(rows.values())
@@ -126,8 +128,17 @@ def _read(kind, path):
     classes = [] if kind == "choice" else sorted({fields[0] for fields in lines})
     if len(classes) == 1:
         raise UserError(f"{path} has one class, {classes[0]!r}: there is nothing to tell apart")
-    cut = len(lines) - len(lines) // 10
-    if cut == len(lines):
+    if len(lines) < 10:
         raise UserError(f"{path} is too short: a tenth is held out, and it has {len(lines)} examples")
     examples = [Example(int(f[0]) if kind == "choice" else classes.index(f[0]), tuple(f[1:])) for f in lines]
-    return Task(path, kind, classes, examples[:cut], examples[cut:])
+    return Task(path, kind, classes, *_split(examples))
+
+
+def _split(examples):
+    """To learn, and the tenth that comes last if one counts in each class from its first to its last: a file may be sorted by class."""
+    sizes, seen, places = Counter(e.label for e in examples), Counter(), []
+    for e in examples:
+        places.append(seen[e.label] / sizes[e.label])
+        seen[e.label] += 1
+    heldout = set(sorted(range(len(examples)), key=places.__getitem__)[-(len(examples) // 10) :])
+    return [[e for i, e in enumerate(examples) if (i in heldout) == part] for part in (False, True)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from minmodels import UserError
+
+MOST = 2**16  # held-out tokens that are judged: of a long text, evaluations would take as long as the training
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,21 @@ def sample(ids: Tensor, batch: int, block_size: int, generator: torch.Generator)
     return windows[:, :-1], windows[:, 1:]
 
 
-def sweep(ids: Tensor, block_size: int, most: int = 1024) -> tuple[Tensor, Tensor]:
-    """Windows of a text that overlap by half, at most `most` of them, evenly spread: ids and targets, both (windows, block_size). But for
-    the first window, targets are -1 in the overlap: each counts once, and is predicted from at least half a window before it."""
-    stride = (block_size + 1) // 2
-    starts = torch.arange(0, len(ids) - block_size, stride)
-    starts = starts[torch.linspace(0, len(starts) - 1, min(most, len(starts))).long(), None]
-    windows = ids[starts + torch.arange(block_size + 1)].long()
-    targets = windows[:, 1:].clone()
-    targets[1:, :-stride] = -1
-    return windows[:, :-1], targets
+def sweep(ids: Tensor, block_size: int, most: int = MOST) -> tuple[Tensor, Tensor]:
+    """Windows of a text that overlap by half: ids and targets, both (windows, block_size). Targets are -1 in the overlap: each counts
+    once, and but for the first window is predicted from at least half a window before it. Of more than `most` targets the windows
+    are evenly spread."""
+    stride, last = (block_size + 1) // 2, len(ids) - block_size - 1
+    starts = torch.arange(0, last + stride, stride).clamp(max=last)  # the last window ends with the text
+    new = starts.diff(prepend=starts[:1] - block_size)[:, None]
+    picked = torch.linspace(0, len(starts) - 1, min(-(-most // stride), len(starts))).long()
+    windows, place = ids[starts[picked, None] + torch.arange(block_size + 1)].long(), torch.arange(block_size)
+    return windows[:, :-1], windows[:, 1:].masked_fill(place < block_size - new[picked], -1)
+
+
+def told(heldout: Tensor) -> str:
+    """How much of a held-out text there is for sweep()."""
+    return f"{len(heldout):,} held out" + (f", {MOST:,} of them judged" if len(heldout) > MOST else "")
 
 
 def mean_loss(windows: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> float:
@@ -95,6 +103,7 @@ def _split_file(path: str) -> tuple[str, str]:
         raise UserError(f"{path} is binary, not text: a NUL byte at offset {raw.index(0)}")
     if not text.strip():
         raise UserError(f"{path} is empty" if not text else f"{path} holds nothing but white space")
+    text = re.sub("\r\n?", "\n", text)
     cut = len(text) - len(text) // 10
     return text[:cut], text[cut:]
 

@@ -50,11 +50,14 @@ class BPE:
     @classmethod
     def learn(cls, text: str, vocab_size: int) -> "BPE":
         """The same text, the same tokens. There are fewer than vocab_size where the text has no more pairs to join."""
-        from tokenizers import pre_tokenizers, trainers
+        from tokenizers import Regex, pre_tokenizers, trainers
 
         tokenizer = _byte_level()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        words, alphabet = tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel.alphabet()
+        parts = pre_tokenizers.Split(Regex(".{1,256}"), "isolated")  # the time that learning takes rises with the square of a word's length
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
         tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+        tokenizer.pre_tokenizer = words
         return cls(tokenizer)
 
     @classmethod

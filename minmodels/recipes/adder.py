@@ -1,6 +1,7 @@
 """minGPT learns to add: it reads two numbers and writes their sum, one digit after the other. Only the sum's digits are learned."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -43,7 +44,8 @@ class AdderRecipe(Recipe):
         return {"heldout": loss, "exact": (written == answers).all(1).double().mean().item()}
 
     def finish(self, model, folder: Path):
-        return f"to add: python -m minmodels generate adder --checkpoint {folder} --prompt 12+34"
+        prompt = "12+34" if self.options.digits > 1 else "1+2"
+        return f"to add: python -m minmodels generate adder --checkpoint {quote(str(folder))} --prompt {prompt}"
 
     @classmethod
     def build(cls, meta) -> nn.Module:

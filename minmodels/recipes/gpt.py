@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ class TextRecipe(Recipe):
             raise UserError(str(error)) from error
         self.loss_unit = f"nats per {self.unit.removesuffix('s')}"
         self.units, self.sha256, self.model = options.block_size, text.sha256, self.new()
-        self.data = f"{text.name}: {len(text.train):,} {self.unit}, {len(text.heldout):,} held out, {len(self.tokens)} different ones"
+        self.data = f"{text.name}: {len(text.train):,} {self.unit}, {textdata.told(text.heldout)}, {len(self.tokens)} different ones"
 
     @abstractmethod
     def sizes(self):
@@ -56,7 +57,7 @@ class TextRecipe(Recipe):
         return self.tokens.state()
 
     def finish(self, model, folder: Path):
-        return f"to sample: python -m minmodels generate {self.name} --checkpoint {folder}"
+        return f"to sample: python -m minmodels generate {self.name} --checkpoint {quote(str(folder))}"
 
     @classmethod
     def build(cls, meta) -> nn.Module:

@@ -1,6 +1,7 @@
 """GPT-1 learns to continue text (stage 1), then a task on it (stage 2)."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from tokenizers import Tokenizer
@@ -35,7 +36,7 @@ class GPT1Recipe(Recipe):
         except ValueError as error:
             raise UserError(str(error)) from error
         self.units, self.sha256, self.model = T, documents.sha256, self.new()
-        self.data = f"{documents.name}: {len(self.train):,} tokens, {len(self.held):,} held out, {self.config.vocab_size:,} different ones"
+        self.data = f"{documents.name}: {len(self.train):,} tokens, {textdata.told(self.held)}, {self.config.vocab_size:,} different ones"
 
     @seeded
     def new(self):
@@ -57,7 +58,7 @@ class GPT1Recipe(Recipe):
         return {"tokenizer": self.tokenizer.to_str()}
 
     def finish(self, model, folder: Path):
-        return f"stage 2: python -m minmodels finetune gpt1 --checkpoint {folder}"
+        return f"stage 2: python -m minmodels finetune gpt1 --checkpoint {quote(str(folder))}"
 
     @classmethod
     def build(cls, meta):

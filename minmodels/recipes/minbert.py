@@ -1,6 +1,7 @@
 """minBERT learns masked words and next sentences, then a task on one text or on two."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class BERTRecipe(Recipe):
         return {"tokenizer": self.tokenizer.to_str()}
 
     def finish(self, model, folder: Path):
-        return f'to fill in: python -m minmodels fill minbert --checkpoint {folder} "The [MASK] statement returns a value."'
+        return f'to fill in: python -m minmodels fill minbert --checkpoint {quote(str(folder))} "The [MASK] statement returns a value."'
 
     @classmethod
     def build(cls, meta):

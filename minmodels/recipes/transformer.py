@@ -1,6 +1,7 @@
 """The encoder-decoder learns to say words of random letters back to front."""
 
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import nn
@@ -43,7 +44,8 @@ class TransformerRecipe(Recipe):
         return {"length": self.options.length}
 
     def finish(self, model, folder: Path):
-        return f"to reverse: python -m minmodels generate transformer --checkpoint {folder} --prompt hello"
+        prompt = "hello" if self.options.length > 4 else "word"
+        return f"to reverse: python -m minmodels generate transformer --checkpoint {quote(str(folder))} --prompt {prompt}"
 
     @classmethod
     def build(cls, meta) -> nn.Module:

@@ -1,5 +1,7 @@
 """minUNet learns to fill masks."""
 
+from shlex import quote
+
 import torch
 
 from minmodels import UserError, files
@@ -58,7 +60,7 @@ class UNetRecipe(Recipe):
         found = [predicted(model, example.image) for example in shown]
         with files.replacing(folder / "segmentation.png") as part:
             figure(shown, found, self.config.classes).savefig(part)
-        return f"to use it: python -m minmodels segment IMAGE --checkpoint {folder} --out DIR"
+        return f"to use it: python -m minmodels segment IMAGE --checkpoint {quote(str(folder))} --out DIR"
 
     @classmethod
     def build(cls, meta):

@@ -1,6 +1,7 @@
 """minYOLO learns to find and name objects."""
 
 import itertools
+from shlex import quote
 
 import torch
 
@@ -60,7 +61,7 @@ class YOLORecipe(Recipe):
             precision_recall_figure(dict(itertools.islice(curves.items(), 12)), title).savefig(part)
         with files.replacing(folder / "detections.png") as part:
             figure(model, self.scenes.heldout[:6], self.scenes.names).savefig(part)
-        return f"to use it: python -m minmodels detect IMAGE --checkpoint {folder} --out DIR"
+        return f"to use it: python -m minmodels detect IMAGE --checkpoint {quote(str(folder))} --out DIR"
 
     def extras(self):
         return {"names": list(self.scenes.names)}

@@ -71,7 +71,7 @@ def check_labels(target: Tensor, V: int, ignore_index: int) -> None:
 
 def weighted(sums: Tensor, empty_zero: bool) -> Tensor:
     """What a mean divides by; where nothing counts, infinity instead of 0 if that is to give 0 and not NaN."""
-    return sums.masked_fill(sums == 0, torch.inf) if empty_zero else sums
+    return torch.where(sums == 0, torch.inf, sums) if empty_zero else sums
 
 
 def row_weights(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

@@ -241,7 +241,7 @@ BAD_OPTIONS = {
     "train gpt --minutes 0": "must be more than 0, got '0'",
     "train gpt --dtype float16": "invalid choice: 'float16'",
     "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
-    "train gpt --n-embd 4000000": "error: not enough memory, ask for smaller sizes or batches. ",
+    "train gpt --n-embd 4000000000": "error: not enough memory, ask for smaller sizes or batches. ",
     "train gpt --device nowhere": "error: device nowhere cannot be used: ",
     "train gpt --device meta": "error: device meta cannot be used: not one of cpu",
     f"train gpt --seed {2**63}": f"argument --seed: must be less than 2**63, got '{2**63}'",

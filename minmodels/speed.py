@@ -131,7 +131,7 @@ def told(sizes: dict[str, tuple] | None = None) -> str:
 
 def table(rows: list[Row]) -> Table:
     """For a terminal of 80 columns."""
-    table = Table(title=where(), box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True, padding=(0, 1, 0, 0))
+    table = Table(title=where(), box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     for name in HEAD:
         table.add_column(name, justify="left" if name in ("op", "dtype") else "right", no_wrap=True)
     for row in rows:

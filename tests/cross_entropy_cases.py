@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -159,3 +160,22 @@ def check_stats(backend, x, target, options, layout="rows", device="cpu", draws=
 
 def grad_of(function, x, dloss):
     return grads_of(function, [x], dloss)[0]
+
+
+def check_samples(ours, theirs, dtype):
+    """Every sample that PyTorch tests its own function with, forward and backward; returns how many there are."""
+    pytest.importorskip("expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (info for info in op_db if info.name == f"nn.functional.{theirs.__name__}" and not info.variant_test_name)
+    count = 0
+    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
+        given = sample.input, *sample.args, *sample.kwargs.values()
+        leaves = [t for t in given if isinstance(t, torch.Tensor) and t.requires_grad]
+        a, b = (f(sample.input, *sample.args, **sample.kwargs) for f in (ours, theirs))
+        torch.testing.assert_close(a, b)
+        dloss = torch.randn_like(b)
+        for da, db in zip(torch.autograd.grad(a, leaves, dloss), torch.autograd.grad(b, leaves, dloss), strict=True):
+            torch.testing.assert_close(da, db)
+        count += 1
+    return count

@@ -75,6 +75,8 @@ def test_a_lower_level_is_reported(library, monkeypatch):
     monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "sse")
     with pytest.raises(ValueError, match="MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got sse"):
         minkernels.box_iou(torch.zeros(1, 4), torch.zeros(1, 4))
+    printed = python("import runpy; runpy.run_module('minkernels', run_name='__main__')")
+    assert printed.returncode == 1 and printed.stderr.startswith("error: MINKERNELS_CPU_LEVEL must be plain"), printed.stderr
 
 
 def test_without_the_library_the_reference_serves_with_one_warning(tmp_path):

@@ -11,7 +11,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.timing import _second_call
-from cross_entropy_cases import OPTIONS, REDUCTIONS, formula, grads_of
+from cross_entropy_cases import OPTIONS, REDUCTIONS, check_samples, formula, grads_of
 from judge import assert_close
 from minkernels import cross_entropy, linear_cross_entropy, linear_token_logprobs, token_logprobs
 from minkernels.cross_entropy._options import Options, coefficients
@@ -170,20 +170,7 @@ def test_the_logits_never_exist_whole(library):
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch 2.13 has it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_pytorchs_own_samples(dtype, library):
-    pytest.importorskip("expecttest")
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (info,) = (info for info in op_db if info.name == "nn.functional.linear_cross_entropy" and not info.variant_test_name)
-    count = 0
-    for sample in info.sample_inputs("cpu", dtype, requires_grad=True):
-        leaves = [t for t in (sample.input, *sample.args, sample.kwargs.get("linear_bias")) if t is not None and t.requires_grad]
-        ours, theirs = (f(sample.input, *sample.args, **sample.kwargs) for f in (linear_cross_entropy, F.linear_cross_entropy))
-        torch.testing.assert_close(ours, theirs)
-        dloss = torch.randn_like(theirs)
-        for a, b in zip(torch.autograd.grad(ours, leaves, dloss), torch.autograd.grad(theirs, leaves, dloss), strict=True):
-            torch.testing.assert_close(a, b)
-        count += 1
-    assert count > 50
+    assert check_samples(linear_cross_entropy, F.linear_cross_entropy, dtype) > 50
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 3, 8)], ids=str)

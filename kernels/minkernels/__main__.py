@@ -34,7 +34,11 @@ def main() -> int:
         for folder in layers.write(args.dir):
             print("written", folder)
     else:
-        print(minkernels.info())
+        try:
+            print(minkernels.info())
+        except ValueError as error:  # of MINKERNELS_CPU_LEVEL
+            print(f"error: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -32,7 +32,7 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
 
     _LIB.impl(name, other, "CompositeExplicitAutograd")
     if cpu is not None:
-        _LIB.impl(name, _first_call(lambda: _resolve(cpu) if cpp() else reference), "CPU")
+        _LIB.impl(name, _first_call(lambda: _resolve_cpp(cpu) if cpp() else reference), "CPU")
     _LIB.impl(name, _first_call(lambda: _resolve(cuda)), "CUDA")
     torch.library.register_fake(f"minkernels::{name}", fake, lib=_LIB)
     op = getattr(torch.ops.minkernels, name)
@@ -159,8 +159,12 @@ def cpp_missing() -> str:
 
 def _resolve(path: str) -> Callable:
     module, function = path.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _resolve_cpp(path: str) -> Callable:
     try:
-        return getattr(importlib.import_module(module), function)
+        return _resolve(path)
     except AttributeError as error:  # one of the library's private operators is not there
         raise _other_version(error) from error
 

@@ -10,6 +10,7 @@ import math
 import torch
 import triton
 
+from minkernels._triton_launch import cdiv, next_power_of_2
 from minkernels._triton_math import ASSERT, FUSED
 from minkernels.attention._options import Options, grads_like, like, lse_like, row_deltas, sinks_grad
 from minkernels.attention._triton_bwd import _dbias_kernel, _dkdv_kernel, _dq_kernel
@@ -72,8 +73,8 @@ def fwd(q, k, v, *options):
     fold = H // Hkv if few else 1
     config = _config("decode" if few else "fwd", q, Dv, x)
     if few:
-        config["BLOCK_M"] = min(config["BLOCK_M"], max(16, triton.next_power_of_2(M * fold)))
-    programs, part = triton.cdiv(M * fold, config["BLOCK_M"]) * sequences * H // fold, lse.numel()
+        config["BLOCK_M"] = min(config["BLOCK_M"], max(16, next_power_of_2(M * fold)))
+    programs, part = cdiv(M * fold, config["BLOCK_M"]) * sequences * H // fold, lse.numel()
     parts = min(_processors(q.device) * 2 // max(1, programs), N // SPLIT_KEYS, MOST_PARTS) if few else 1
     split, out = parts > 1, (o, lse)
     if split:
@@ -89,7 +90,7 @@ def fwd(q, k, v, *options):
         if split:
             _merge_kernel[(part,)](
                 *out, o, lse, o.stride(), H, q.shape[2], parts, part,
-                Dv=Dv, BLOCK_DV=triton.next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, num_warps=1, **FUSED,
+                Dv=Dv, BLOCK_DV=next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, num_warps=1, **FUSED,
             )  # fmt: skip
     return o, lse
 
@@ -102,7 +103,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     shared = bias_grad and x.bias.shape != (*q.shape[:3], k.shape[2])
     full = dbias.zero_() if bias_grad and not shared else None  # zero: what no query sees is not visited
     config = _config("dq", q, Dv, x)
-    tiles, rows = triton.cdiv(M, config["BLOCK_M"]), q.shape[2]
+    tiles, rows = cdiv(M, config["BLOCK_M"]), q.shape[2]
     pad = 0 if x.cu_seqlens_q is None else config["BLOCK_M"]
     stats = q.new_empty((3, q.shape[0], H, rows + sequences * pad if pad else tiles * config["BLOCK_M"]), dtype=torch.float32)
     lse2, rest, delta = stats[0], stats[1] if q.dtype == torch.float32 else None, stats[2]
@@ -116,7 +117,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
             **_extent(q, k, x, H, k, v), **numbers, pad=pad, scale=x.scale, UNIT=unit, **config,
         )  # fmt: skip
         config = _config("dkdv", q, Dv, x)
-        _dkdv_kernel[(triton.cdiv(N, config["BLOCK_N"]) * sequences * Hkv,)](
+        _dkdv_kernel[(cdiv(N, config["BLOCK_N"]) * sequences * Hkv,)](
             do, q, k, v, dk, dv, *kept, **_tensors(x), **strides, dk_strides=dk.stride(), dv_strides=dv.stride(),
             **_extent(q, k, x, Hkv, q, do), **numbers, pad=pad, scale=x.scale, UNIT=unit, **config,
         )  # fmt: skip
@@ -132,8 +133,8 @@ def _dbias(dbias, do, q, k, v, lse2, rest, delta, x, strides, numbers):
     """The gradient of a bias that something shares."""
     (B, H, M, _), N, own = q.shape, k.shape[2], dbias.shape
     config = _config("dbias", q, v.shape[3], x)
-    tiles_m, tiles_n = triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"])
-    programs = own[0] * own[1] * triton.cdiv(own[2], config["BLOCK_M"]) * triton.cdiv(own[3], config["BLOCK_N"])
+    tiles_m, tiles_n = cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])
+    programs = own[0] * own[1] * cdiv(own[2], config["BLOCK_M"]) * cdiv(own[3], config["BLOCK_N"])
     turns = dict(
         turns_b=B if own[0] == 1 else 1, turns_h=H if own[1] == 1 else 1,
         turns_m=tiles_m if own[2] == 1 else 1, turns_n=tiles_n if own[3] == 1 else 1,
@@ -198,16 +199,23 @@ def _inner(x):
 
 def _config(kernel, q, Dv, x):
     """What a kernel is compiled for: tiles from the table, and head dims as tl.dot takes them."""
-    DIMS, VDIMS, arch = _dims(q.shape[3]), _dims(Dv), _arch(q.device)
+    heavy = x.bias is not None or x.mask is not None or x.dropout_p > 0 or x.softcap > 0
+    lengths = x.kv_lens is not None or x.cu_seqlens_q is not None
+    return dict(_config_for(_arch(q.device), kernel, q.element_size(), q.shape[3], Dv, heavy, lengths))
+
+
+@functools.cache
+def _config_for(arch, kernel, element_size, D, Dv, heavy, lengths):
+    DIMS, VDIMS = _dims(D), _dims(Dv)
     width = max(sum(DIMS[1:]), sum(VDIMS[1:]))
-    if kernel != "dbias" and (x.bias is not None or x.mask is not None or x.dropout_p or x.softcap):
+    if kernel != "dbias" and heavy:
         width = 256 if width <= 128 else 512  # what they load and compute takes registers too
-    BLOCK_M, BLOCK_N, num_warps, num_stages = _tiles(arch, kernel, q.element_size(), width)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = _tiles(arch, kernel, element_size, width)
     options = dict(num_warps=num_warps, num_stages=num_stages, **FUSED)
-    if (kernel == "dq" and arch in ("sm_86", "sm_89")) or (q.dtype == torch.float32 and kernel != "dbias" and not arch.startswith("gfx")):
+    if (kernel == "dq" and arch in ("sm_86", "sm_89")) or (element_size == 4 and kernel != "dbias" and not arch.startswith("gfx")):
         options["maxnreg"] = 255  # all there are; else ptxas spills here, to make room for programs that never come; dbias spills with it
-    if x.kv_lens is not None or x.cu_seqlens_q is not None:
-        options |= ASSERT  # on the lengths
+    if lengths:
+        options |= ASSERT
     return dict(DIMS=DIMS, VDIMS=VDIMS, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N) | options
 
 
@@ -219,8 +227,8 @@ def _tiles(arch, kernel, element_size, width):
 
 def _dims(D):
     """(D, first width, second or 0): powers of two from 16 that hold D, two where that is less than one."""
-    whole = max(16, triton.next_power_of_2(D))
-    rest = max(16, triton.next_power_of_2(D - whole // 2))
+    whole = max(16, next_power_of_2(D))
+    rest = max(16, next_power_of_2(D - whole // 2))
     return (D, whole // 2, rest) if whole > 32 and rest < whole // 2 else (D, whole, 0)
 
 

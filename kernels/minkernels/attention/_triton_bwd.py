@@ -4,6 +4,7 @@ none needs atomics. All rebuild p from lse."""
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import kernel
 from minkernels._triton_math import INF, LOG2E
 from minkernels.attention._triton_common import (
     SIZES,
@@ -45,7 +46,7 @@ def _sum_products(x, y):
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def _dq_kernel(
     DO, DLSE, Q, K, V, O, LSE, DQ, DBias,  # as in the forward; DBias (B, H, M, N) or None
     LSE2, Rest, Delta,  # for the others, fp32, of each head and sequence whole tiles of M: see _probs; Delta = sum(do * o) - dlse
@@ -137,7 +138,7 @@ def _dq_kernel(
     store(DQ, times(dq, scale), offs_m, dq_strides, mask_m, DIMS)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def _dkdv_kernel(
     DO, Q, K, V, DK, DV, LSE2, Rest, Delta,
     Bias, KeyMask, KvLens, Mask, CuQ, CuK, Seed,
@@ -234,7 +235,7 @@ def _dkdv_kernel(
     store(DV, dv if Seed is None else times(dv, keep_scale), offs_n, dv_strides, offs_n < allotted, VDIMS)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "bias_h", "bias_m", "bias_n", "turns_b", "turns_h", "turns_m", "turns_n"])
+@kernel(do_not_specialize=[*SIZES, "bias_h", "bias_m", "bias_n", "turns_b", "turns_h", "turns_m", "turns_n"])
 def _dbias_kernel(
     DO, Q, K, V, DBias, LSE2, Rest, Delta,  # DBias (parts, *bias.shape)
     Bias, KeyMask, KvLens, Mask, CuQ, CuK, Seed,  # CuQ and CuK are None: packed sequences have no bias

@@ -1,8 +1,8 @@
 """The forward: one kernel that owns queries and streams the keys past them, and one that merges its parts where keys were split."""
 
-import triton
 import triton.language as tl
 
+from minkernels._triton_launch import kernel
 from minkernels._triton_math import INF, LOG2E
 from minkernels.attention._triton_common import (
     LN2,
@@ -27,7 +27,7 @@ from minkernels.attention._triton_common import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def _fwd_kernel(
     Q, K, V, O, LSE,  # (B, H or Hkv, M or N, D or Dv), packed or not; LSE (B, H, M) nats, wider than Q
     Bias, Sinks, KeyMask, KvLens, Mask, CuQ, CuK, Seed,  # as in _options.py, or None
@@ -131,7 +131,7 @@ def _fwd_kernel(
     tl.store(LSE + (offs_m if g is None else offs_m + g * rows), lse, mask=mask_m)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@kernel(do_not_specialize=SIZES)
 def _merge_kernel(
     Parts, LSEs, O, LSE,  # Parts (parts, B, H, M, Dv) fp32, LSEs (parts, B, H, M)
     o_strides, H, rows, parts, part, Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_PARTS: tl.constexpr,

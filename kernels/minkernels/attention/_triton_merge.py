@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel, next_power_of_2
 from minkernels._triton_math import FUSED, INF, LOG2E
 from minkernels.attention._options import merge_like
 
@@ -28,7 +29,7 @@ def _row_at(rows, H, M, strides):
     return rows // M // H * strides[0] + rows // M % H * strides[1] + rows % M * strides[2]
 
 
-@triton.jit
+@kernel
 def _fwd_kernel(
     Out1, LSE1, Out2, LSE2, Out, LSE,  # (B, H, M, D) and (B, H, M), contiguous
     strides1, strides2, strides, R, H, M, D, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -48,7 +49,7 @@ def _fwd_kernel(
         tl.store(Out + d * strides[3], (w1 * a + w2 * b).to(Out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def _bwd_kernel(
     DOut, DLSE, Out1, LSE1, Out2, LSE2,  # DLSE (B, H, M), contiguous, or None
     DOut1, DLSE1, DOut2, DLSE2, strides, strides1, strides2, d_strides1, d_strides2, R, H, M, D,
@@ -93,12 +94,12 @@ def bwd(dout, dlse, out1, lse1, out2, lse2):
     return grads
 
 
-def _launch(kernel, tensors, strided, shape):
+def _launch(which, tensors, strided, shape):
     B, H, M, D = shape
-    BLOCK_D = min(triton.next_power_of_2(max(D, 1)), 256)
+    BLOCK_D = min(next_power_of_2(max(D, 1)), 256)
     BLOCK_M, R = TILE // BLOCK_D, B * H * M
     if R:
         with torch.cuda.device_of(tensors[0]):
-            kernel[(triton.cdiv(R, BLOCK_M),)](
+            which[(cdiv(R, BLOCK_M),)](
                 *tensors, *(t.stride() for t in strided), R, H, M, D, BLOCK_M=BLOCK_M, BLOCK_D=BLOCK_D, num_warps=4, **FUSED
             )

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel, next_power_of_2
 from minkernels._triton_math import EXACT, FUSED
 from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
 from minkernels.boxes._triton_math import corners, derivative, to_format, value
@@ -14,7 +15,7 @@ LOSS_BLOCK = 256
 PROGRAMS = 1024  # of a launch whose sums are split into parts: several for each multiprocessor
 
 
-@triton.jit
+@kernel
 def _pairs_kernel(
     A, B, Out,  # (sets, N, 4), (sets, M, 4), (sets, N, M)
     N, M, a_strides, b_strides, eps,
@@ -32,7 +33,7 @@ def _pairs_kernel(
     tl.store(to, out, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
-@triton.jit
+@kernel
 def _pairs_grad_kernel(
     Own, Other, DOut, Sums,  # (sets, N, 4), (sets, M, 4), (sets, N, M), (parts, sets, N, 4)
     sets, N, M, part, own_strides, other_strides, dout_strides, eps,  # part: boxes of the other set that a program sums over
@@ -64,7 +65,7 @@ def _pairs_grad_kernel(
     tl.store(to + 3, dy2, mask=mask_n)
 
 
-@triton.jit
+@kernel
 def _match_kernel(
     Own, Other, BestIoU, BestAt,  # (sets, N, 4), (sets, M, 4), (parts, sets, N)
     sets, N, M, part, own_strides, other_strides,
@@ -94,7 +95,7 @@ def _match_kernel(
     tl.store(BestAt + to, best_at.to(tl.int64), mask=mask_n)
 
 
-@triton.jit
+@kernel
 def _loss_kernel(
     A, B, Loss, Sums,  # (P, 4); (P,) or None; of each program, or None
     P, a_strides, b_strides, eps,
@@ -118,7 +119,7 @@ def _store_grads(To, i, inside, d, FORMAT: tl.constexpr):
     tl.store(To + i * 4 + 3, y2.to(To.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _loss_grad_kernel(
     DLoss, A, B, DA, DB,  # (P,); (P, 4); (P, 4) or None where it is not wanted
     P, dloss_stride, a_strides, b_strides, eps,
@@ -141,7 +142,7 @@ def pairs_fwd(boxes1, boxes2, kind, fmt, eps):
         BLOCK_M = _block(M, 128)
         BLOCK_N = _block(N, 1024 // BLOCK_M)
         with torch.cuda.device_of(a):
-            _pairs_kernel[(sets * triton.cdiv(N, BLOCK_N) * triton.cdiv(M, BLOCK_M),)](
+            _pairs_kernel[(sets * cdiv(N, BLOCK_N) * cdiv(M, BLOCK_M),)](
                 a, b, out, N, M, a.stride(), b.stride(), eps, KIND=kind, FORMAT=fmt, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, num_warps=4, **EXACT,
             )  # fmt: skip
     return out
@@ -157,10 +158,10 @@ def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
                 d.zero_()
                 continue
             BLOCK_N, BLOCK_M = _block(N, 8), _block(M, 32)  # two pairs a thread: with four, CIoU spills
-            part, parts = _split(sets * triton.cdiv(N, BLOCK_N), M)
+            part, parts = _split(sets * cdiv(N, BLOCK_N), M)
             sums = d.new_empty((parts, *d.shape)) if parts > 1 else d
             with torch.cuda.device_of(a):
-                _pairs_grad_kernel[(parts * sets * triton.cdiv(N, BLOCK_N),)](
+                _pairs_grad_kernel[(parts * sets * cdiv(N, BLOCK_N),)](
                     own, other, upstream, sums, sets, N, M, part, own.stride(), other.stride(), upstream.stride(), eps,
                     KIND=kind, FORMAT=fmt, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M, num_warps=4, **FUSED,
                 )  # fmt: skip
@@ -176,10 +177,10 @@ def match(boxes, gts, fmt):
         if not best_iou.numel():
             continue
         BLOCK_N, BLOCK_M = _block(N, 32), _block(max(M, 1), 32)
-        part, parts = _split(sets * triton.cdiv(N, BLOCK_N), M)
+        part, parts = _split(sets * cdiv(N, BLOCK_N), M)
         iou, at = (t.new_empty((parts, *t.shape)) for t in (best_iou, best_at))
         with torch.cuda.device_of(a):
-            _match_kernel[(parts * sets * triton.cdiv(N, BLOCK_N),)](
+            _match_kernel[(parts * sets * cdiv(N, BLOCK_N),)](
                 own, other, iou, at, sets, N, M, part, own.stride(), other.stride(), FORMAT=fmt, BLOCK_N=BLOCK_N, BLOCK_M=BLOCK_M,
                 num_warps=4, **EXACT,
             )  # fmt: skip
@@ -193,10 +194,10 @@ def loss_fwd(input, target, kind, fmt, eps, reduction):
     loss, a, b = loss_output(input, reduction), _rows(input), _rows(target)
     P = a.shape[0]
     each = reduction == "none"
-    sums = None if each else loss.new_empty(triton.cdiv(P, LOSS_BLOCK))
+    sums = None if each else loss.new_empty(cdiv(P, LOSS_BLOCK))
     if P:
         with torch.cuda.device_of(a):
-            _loss_kernel[(triton.cdiv(P, LOSS_BLOCK),)](
+            _loss_kernel[(cdiv(P, LOSS_BLOCK),)](
                 a, b, loss if each else None, sums, P, a.stride(), b.stride(), eps, KIND=kind, FORMAT=fmt, BLOCK=LOSS_BLOCK, num_warps=4,
                 **FUSED,
             )  # fmt: skip
@@ -211,7 +212,7 @@ def loss_bwd(dloss, input, target, kind, fmt, eps, need_input, need_target):
     P = a.shape[0]
     if P:
         with torch.cuda.device_of(a):
-            _loss_grad_kernel[(triton.cdiv(P, LOSS_BLOCK),)](
+            _loss_grad_kernel[(cdiv(P, LOSS_BLOCK),)](
                 dloss, a, b, d1 if need_input else None, d2 if need_target else None, P, dloss.stride(0), a.stride(), b.stride(), eps,
                 KIND=kind, FORMAT=fmt, BLOCK=LOSS_BLOCK, num_warps=4, **FUSED,
             )  # fmt: skip
@@ -228,11 +229,11 @@ def _rows(t):
 
 
 def _block(n, most):
-    return min(most, triton.next_power_of_2(n))
+    return min(most, next_power_of_2(n))
 
 
 def _split(programs, n):
     """n boxes in parts, where there are too few programs without: how large, and how many."""
-    parts = min(triton.cdiv(n, 256), max(1, PROGRAMS // programs))
-    part = triton.cdiv(n, max(parts, 1))
-    return part, max(triton.cdiv(n, max(part, 1)), 1)
+    parts = min(cdiv(n, 256), max(1, PROGRAMS // programs))
+    part = cdiv(n, max(parts, 1))
+    return part, max(cdiv(n, max(part, 1)), 1)

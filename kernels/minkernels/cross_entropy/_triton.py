@@ -7,8 +7,8 @@ positions lie side by side in memory share a tile, and so do short rows. Few and
 import functools
 
 import torch
-import triton
 
+from minkernels._triton_launch import cdiv, next_power_of_2
 from minkernels._triton_math import ASSERT, FUSED, registers
 from minkernels.cross_entropy._options import (
     Options,
@@ -88,13 +88,13 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
     heavy = (probs is not None) + (x.label_smoothing > 0) + (x.softcap > 0) + (argmax is not None)
     most = WHOLE >> min(heavy, 2) if grad is not None else WHOLE // 4
     ROWS, BLOCK, whole = _tile(V, D, x_strides, most, most // 2)
-    tiles, parts, share, scratch = triton.cdiv(D, ROWS), 1, V, None
+    tiles, parts, share, scratch = cdiv(D, ROWS), 1, V, None
     if not whole:
-        blocks = triton.cdiv(V, BLOCK_SPLIT := TILE // ROWS)
+        blocks = cdiv(V, BLOCK_SPLIT := TILE // ROWS)
         parts = max(1, min(2 * _processors(input.device) // max(1, B * tiles), MOST_PARTS, blocks))
         if parts > 1:
-            share = triton.cdiv(blocks, parts)
-            parts, share, BLOCK = triton.cdiv(blocks, share), share * BLOCK_SPLIT, BLOCK_SPLIT
+            share = cdiv(blocks, parts)
+            parts, share, BLOCK = cdiv(blocks, share), share * BLOCK_SPLIT, BLOCK_SPLIT
             scratch = input.new_empty((B * D, parts, PARTIAL.value), dtype=torch.float32)
     split, num_warps = scratch is not None, _num_warps(ROWS * BLOCK)
     tensors = input, labels, probs, weight, divisor, loss, stats, argmax
@@ -108,7 +108,7 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
         )  # fmt: skip
         if split:
             k = None if grad is None else scratch.new_empty((B * D, 5))
-            _merge_kernel[(B * D,)](*tensors, scratch, k, BLOCK_PARTS=triton.next_power_of_2(parts), num_warps=1, **shared)
+            _merge_kernel[(B * D,)](*tensors, scratch, k, BLOCK_PARTS=next_power_of_2(parts), num_warps=1, **shared)
             if grad is not None:
                 _grad(input, target, weight, k, x, grad)
 
@@ -119,8 +119,8 @@ def _grad(input, target, weight, coefficients, x, grad):
         return
     labels, probs, target_strides, probs_strides = _target(target)
     ROWS, BLOCK, _ = _tile(V, D, x_strides, TILE, TILE)
-    tiles = triton.cdiv(D, ROWS)
-    _grad_kernel[(B * tiles * triton.cdiv(V, BLOCK),)](
+    tiles = cdiv(D, ROWS)
+    _grad_kernel[(B * tiles * cdiv(V, BLOCK),)](
         input, labels, probs, weight, coefficients, grad,
         x_strides, target_strides, probs_strides, coefficients.stride(), _strides(grad),
         V, D, tiles, **_numbers(x, V), ROWS=ROWS, BLOCK=BLOCK, num_warps=_num_warps(ROWS * BLOCK), **FUSED,
@@ -129,13 +129,13 @@ def _grad(input, target, weight, coefficients, x, grad):
 
 def _tile(V, D, strides, most, piece):
     """ROWS and BLOCK, a tile of `most` elements that holds whole rows, or of `piece` elements; and whether it holds whole rows."""
-    block, side_by_side = triton.next_power_of_2(V), D > 1 and 0 < strides[2] < strides[1]
+    block, side_by_side = next_power_of_2(V), D > 1 and 0 < strides[2] < strides[1]
     rows, most = max(1, TILE // block), most // 2 if side_by_side else most  # what there is of a row takes registers too
     if side_by_side:
         rows = max(rows, SIDE_BY_SIDE)
         if rows * block > most:  # in pieces, and longer runs are to be had
             rows, piece = 2 * SIDE_BY_SIDE, TILE
-    rows = min(rows, triton.next_power_of_2(D))
+    rows = min(rows, next_power_of_2(D))
     whole = rows * block <= most
     return rows, block if whole else piece // rows, whole
 

@@ -8,6 +8,7 @@ _options.py. T, U and E are kept relative to the running maximum, or to 0 where 
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import kernel
 from minkernels._triton_math import INF, blocks_of, exp, tanh
 
 LOOSE = ["tiles", "parts", "share", "ignore_index"]  # any value runs the same code: one compilation for all
@@ -157,7 +158,7 @@ def _gradient(z, e, c, P, Q, H, S, label, offs, m, scale, softcap, LABELS: tl.co
     return g
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@kernel(do_not_specialize=LOOSE)
 def _stats_kernel(
     X, Target, Probs, Weight, Divisor,  # (B, V, D); (B, D) labels, or None and (B, V, D); (V,) fp32; what a mean divides by; or None
     Loss, Stats, Argmax, Grad, Parts,  # (B D,) nats, (B D, COLUMNS) fp32, (B D,) int64, (B, V, D), (B D, parts, PARTIAL) fp32; or None
@@ -247,7 +248,7 @@ def _store(Grad, g, s, offs, strides, live, counts, V):
     tl.store(Grad + _at(s, offs, strides), g, mask=live[:, None] & (offs < V)[None, :])
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@kernel(do_not_specialize=LOOSE)
 def _merge_kernel(
     X, Target, Probs, Weight, Divisor, Loss, Stats, Argmax, Parts, Coefficients,  # as above; (B D, 5) fp32 or None
     x_strides, target_strides, V, D, parts,
@@ -287,7 +288,7 @@ def _merge_kernel(
         tl.store(Coefficients + row * 5 + 4, S, mask=counts)
 
 
-@triton.jit(do_not_specialize=LOOSE)
+@kernel(do_not_specialize=LOOSE)
 def _grad_kernel(
     X, Target, Probs, Weight, Coefficients, Grad,  # as above
     x_strides, target_strides, probs_strides, k_strides, grad_strides,
@@ -315,7 +316,7 @@ def _grad_kernel(
     _store(Grad + b * grad_strides[0], g, s, offs, grad_strides, live, counts, V)
 
 
-@triton.jit
+@kernel
 def _scale_kernel(X, Scale, sizes, strides, BLOCK: tl.constexpr):
     """x of (., ., .) times what Scale holds; where that is 1 nothing is read."""
     scale = tl.load(Scale).to(tl.float32)

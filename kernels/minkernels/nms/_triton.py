@@ -8,12 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel
 from minkernels._triton_math import EXACT, image_and_block
 from minkernels.nms._common import CUT, FILTERED, KEPT, new_outputs, round_down
 
 TILE = 512  # boxes
 ROWS = 16  # of a tile that are held against the others at a time
 COLUMNS = 256  # later boxes that a program holds against the kept ones of a tile
+SIZES = ["N", "start", "max_output"]  # any value runs the same code: one compilation for all
 
 UNDECIDED, DROPPED, STAYS = tl.constexpr(CUT), tl.constexpr(FILTERED), tl.constexpr(KEPT)  # State, where it is no rank
 NO_RANK = tl.constexpr(2**31 - 1)
@@ -31,7 +33,7 @@ def nms_padded(boxes, scores, class_ids, iou_threshold, score_threshold, max_out
 
 def launches(N, with_suppressor):
     """Kernels of this file that a call launches, beside PyTorch's sort and two fills: what the host knows, it launches."""
-    tiles = triton.cdiv(N, TILE)
+    tiles = cdiv(N, TILE)
     return 0 if N == 0 else 1 + tiles + (tiles - 1) + int(with_suppressor)
 
 
@@ -45,7 +47,7 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
     ranked, state = new((B, 5, N), dtype=torch.float32), new((B, N), dtype=torch.int32)  # x1, y1, x2, y2, area; by rank
     classes = None if class_ids is None else new((B, N), dtype=torch.int64)
     kept, last = new((B, TILE + 1), dtype=torch.int32), new(B, dtype=torch.int32)  # of a tile: how many, and their ranks
-    threshold, columns = round_down(iou_threshold), triton.cdiv(N, COLUMNS)
+    threshold, columns = round_down(iou_threshold), cdiv(N, COLUMNS)
     shared = dict(Ranked=ranked, Classes=classes, State=state, Kept=kept, N=N, threshold=threshold, max_output=max_output)
     shared |= dict(TILE=TILE, ROWS=ROWS, **EXACT)
     with torch.cuda.device_of(scores):
@@ -57,14 +59,14 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
         for start in range(0, N, TILE):
             _resolve_kernel[(B,)](Order=order, Indices=indices, Counts=counts, Last=last, start=start, num_warps=8, **shared)
             if start + TILE < N:
-                later = triton.cdiv(N - start - TILE, COLUMNS)
+                later = cdiv(N - start - TILE, COLUMNS)
                 _push_kernel[(B * later,)](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
         if with_suppressor:
             _suppressor_kernel[(B * columns,)](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4, **EXACT)
     return indices, counts, suppressor
 
 
-@triton.jit
+@kernel(do_not_specialize=SIZES)
 def _rank_kernel(
     Boxes, Scores, ClassIds, Order, Ranked, Classes, State,
     box_strides, score_strides, class_strides, N, score_threshold, DROP: tl.constexpr, COLUMNS: tl.constexpr,
@@ -129,7 +131,7 @@ def _overlaps(x1, y1, x2, y2, area, ids, x1_, y1_, x2_, y2_, area_, ids_, thresh
     return yes
 
 
-@triton.jit
+@kernel(do_not_specialize=SIZES)
 def _resolve_kernel(
     Ranked, Classes, Order, State, Indices, Counts, Kept, Last, N, start, threshold, max_output,
     TILE: tl.constexpr, ROWS: tl.constexpr,
@@ -177,7 +179,7 @@ def _resolve_kernel(
         tl.store(Last + b, tl.max(tl.where(stay, rank, -1)))
 
 
-@triton.jit
+@kernel(do_not_specialize=SIZES)
 def _push_kernel(
     Ranked, Classes, State, Kept, Counts, N, start, threshold, max_output,
     TILE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -204,7 +206,7 @@ def _push_kernel(
         tl.store(State + b * N + rank, state, mask=mask)
 
 
-@triton.jit
+@kernel(do_not_specialize=SIZES)
 def _suppressor_kernel(Order, State, Counts, Last, Suppressor, N, max_output, COLUMNS: tl.constexpr):
     """From ranks to indices; what comes behind the last kept box of an image that is full was not to be looked at."""
     b, block = image_and_block(N, COLUMNS)

@@ -4,12 +4,14 @@ Everything that an element needs comes from e = exp(-|x|): sigmoid(|x|) = 1 / (1
 softplus(-|x|) = log1p(e). None of them cancels.
 """
 
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel, next_power_of_2
 from minkernels._triton_math import ASSERT, FUSED, LOG2E, blocks_of, image_and_block
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
@@ -73,7 +75,7 @@ def _kept(Mask, i, inside, sizes, strides, DIMS: tl.constexpr):
         return inside & (tl.load(_at(Mask, i, sizes, strides, DIMS), mask=inside, other=0) != 0)
 
 
-@triton.jit
+@kernel
 def _pointwise_kernel(
     X, Target, Weight, PosWeight, Mask, DLoss, Scale,  # all but Scale, which is one number, walked alike; or None
     Loss, Sums, Grad,  # of each element; of each program; of each element; or None
@@ -145,7 +147,7 @@ def _dice_load(
     return x, t.to(tl.float32), keep
 
 
-@triton.jit
+@kernel
 def _dice_sums_kernel(
     X, Target, Mask, PosWeight,  # (N, C, *spatial); the same or the class map (N, *spatial); as X or None; (C,) or None
     Sums,  # (N, C, blocks, 4): BCE, p t, p + t or their squares, elements that count
@@ -178,7 +180,7 @@ def _dice_sums_kernel(
         tl.store(to + 3, tl.sum(keep.to(tl.float32), 0))
 
 
-@triton.jit
+@kernel
 def _dice_finish_kernel(
     Sums, Loss, Factors,  # (E, 4); (E,) or a scalar; (E, 3)
     E, bce_weight, dice_weight, smooth,
@@ -222,7 +224,7 @@ def _entry(Sums, e, E, smooth):
     return bce, 2.0 * both + smooth, sizes + smooth, tl.load(Sums + e * 4 + 3, mask=e < E, other=0.0)
 
 
-@triton.jit
+@kernel
 def _dice_grad_kernel(
     X, Target, Mask, PosWeight, Factors, Grad,
     n_pixels, C, sizes, x_strides, target_strides, mask_strides, grad_strides, x_outer, target_outer, mask_outer, grad_outer,
@@ -258,8 +260,12 @@ def _dice_grad_kernel(
 def _walk(shape, *tensors):
     """Sizes, and strides of each tensor (zeros for None), of as few dimensions as visit all of them in the order of the first one's
     memory: those of size 1 are left out, and neighbours become one where every tensor lets them. Then the integer type of offsets."""
-    all_strides = [(0,) * len(shape) if t is None else t.stride()[t.dim() - len(shape) :] for t in tensors]
-    sizes, strides = [], [[] for _ in tensors]
+    return _walk_of(tuple(shape), *((0,) * len(shape) if t is None else t.stride()[t.dim() - len(shape) :] for t in tensors))
+
+
+@functools.lru_cache(4096)
+def _walk_of(shape, *all_strides):
+    sizes, strides = [], [[] for _ in all_strides]
     for d in sorted(range(len(shape)), key=lambda d: -all_strides[0][d]):
         if shape[d] == 1:
             continue
@@ -285,7 +291,7 @@ def _pointwise(input, target, weight, pos_weight, mask, dloss, scale, loss, sums
     sizes, strides, INDEX = _walk(input.shape, input, target, weight, pos_weight, mask, dloss, loss, grad)
     CHECK = _integer(target) and sums is not None
     with torch.cuda.device_of(input):
-        _pointwise_kernel[(triton.cdiv(n, BLOCK),)](
+        _pointwise_kernel[(cdiv(n, BLOCK),)](
             input, target, weight, pos_weight, mask, dloss, scale, loss, sums, grad, n, sizes, *strides, alpha, gamma,
             FOCAL=alpha >= 0, GAMMA=int(gamma) if gamma in (0, 1, 2) else 3, CHECK=CHECK, INDEX=INDEX, DIMS=len(sizes), BLOCK=BLOCK,
             num_warps=4, **FUSED, **ASSERT if CHECK else {},
@@ -301,7 +307,7 @@ def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, redu
         scale.fill_(1.0 / max(count, 1))
     else:
         scale.copy_(torch.where(count > 0, 1.0 / count, 0.0))
-    sums = scale.new_zeros(triton.cdiv(input.numel(), BLOCK))
+    sums = scale.new_empty(cdiv(input.numel(), BLOCK))
     if input.numel():
         each = loss if reduction == "none" else None
         _pointwise(input, target, weight, pos_weight, mask, None, scale, each, sums, grad if with_grad else None, alpha, gamma)
@@ -326,8 +332,8 @@ def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smoot
     loss, factors = bce_dice_outputs(input, per_image, reduction)
     N, C, *spatial = input.shape
     pixels = math.prod(spatial)
-    block = min(BLOCK, triton.next_power_of_2(max(pixels, 1)))
-    blocks = triton.cdiv(pixels, block)
+    block = min(BLOCK, next_power_of_2(max(pixels, 1)))
+    blocks = cdiv(pixels, block)
     sums = factors.new_empty((N, C, blocks, 4))
     sizes, strides, INDEX = _walk(spatial, input, target, mask)
     CHECK = _integer(target)
@@ -342,7 +348,7 @@ def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smoot
         entries = sums.numel() // 4
         _dice_finish_kernel[(1,)](
             sums, loss, factors, entries, bce_weight, dice_weight, smooth, SQUARED=squared, REDUCTION=reduction,
-            BLOCK=min(BLOCK, triton.next_power_of_2(max(entries, 1))), num_warps=4, **FUSED,
+            BLOCK=min(BLOCK, next_power_of_2(max(entries, 1))), num_warps=4, **FUSED,
         )  # fmt: skip
     return loss, factors
 
@@ -351,12 +357,12 @@ def bce_dice_bwd(input, target, pos_weight, mask, factors, squared):
     grad = torch.empty_like(input)
     N, C, *spatial = input.shape
     pixels = math.prod(spatial)
-    block = min(BLOCK, triton.next_power_of_2(max(pixels, 1)))
+    block = min(BLOCK, next_power_of_2(max(pixels, 1)))
     sizes, strides, INDEX = _walk(spatial, input, target, mask, grad)
     factors_outer = factors.stride() if factors.dim() == 3 else (0, *factors.stride())
     if grad.numel():
         with torch.cuda.device_of(input):
-            _dice_grad_kernel[(N * triton.cdiv(pixels, block),)](
+            _dice_grad_kernel[(N * cdiv(pixels, block),)](
                 input, target, mask, pos_weight, factors, grad, pixels, C, sizes, *strides,
                 *(_outer(t, input) for t in (input, target, mask, grad)), factors_outer,
                 0 if pos_weight is None else pos_weight.stride(0), CLASS_MAP=target.dim() < input.dim(), SQUARED=squared,

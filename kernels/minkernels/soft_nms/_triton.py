@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel, next_power_of_2
 from minkernels._triton_math import EXACT, INF, LOG2E, image_and_block, registers
 from minkernels.soft_nms._options import arithmetic, below, outputs
 
@@ -17,7 +18,7 @@ def soft_nms(boxes, scores, class_ids, method, iou_threshold, sigma, min_score, 
     indices, out, counts = outputs(boxes, scores, max_output)
     indices.fill_(-1), out.zero_(), counts.zero_()
     if B * N:
-        block = min(BLOCK, triton.next_power_of_2(N))
+        block = min(BLOCK, next_power_of_2(N))
         with torch.cuda.device_of(boxes):
             _soft_kernel[(B,)](
                 *_dense(boxes, scores, class_ids, dtype), torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format),
@@ -40,7 +41,7 @@ def matrix_nms(boxes, scores, class_ids, method, sigma, min_score, max_output):
         shared = dict(N=N, GAUSSIAN=method == "gaussian", ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8, **registers(8), **EXACT)
         with torch.cuda.device_of(boxes):
             for decay in (False, True):
-                _matrix_kernel[(B * triton.cdiv(N, COLUMNS),)](
+                _matrix_kernel[(B * cdiv(N, COLUMNS),)](
                     boxes, scores, class_ids, order, c, new, factor=sigma, least=least, DECAY=decay, **shared
                 )
         new, order = new.sort(dim=1, descending=True, stable=True)
@@ -98,7 +99,7 @@ def _best(s, i, top, at):
     return tl.maximum(top, here), tl.where(here > top, first, at)
 
 
-@triton.jit
+@kernel
 def _soft_kernel(
     Boxes, Scores, ClassIds, Work, Indices, Out, Counts,  # (B, N, 4); (B, N) three times, ClassIds or None; (B, max_output) twice; (B,)
     N, max_output, iou_threshold, factor, least, GAUSSIAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -141,7 +142,7 @@ def _soft_kernel(
     tl.store(Counts + b, count.to(tl.int64))
 
 
-@triton.jit
+@kernel
 def _matrix_kernel(
     Boxes, Scores, ClassIds, Order,  # (B, N, 4) and (B, N), by index; but Scores are by rank, and Order: the index of each
     C, New,  # (B, N): by rank, what _matrix_kernel without DECAY leaves for the one with it; by index

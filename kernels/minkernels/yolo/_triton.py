@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel
 from minkernels._triton_math import EXACT, INF, blocks_of, image_and_block
 from minkernels.nms import _triton as nms
 from minkernels.yolo._options import Options, arithmetic, outputs
@@ -31,7 +32,7 @@ def detect(pred, *options):
     pairs = P * C if x.multi_label else P
     N = min(pairs, x.max_candidates)
     new = scores.new_empty
-    blocks, warps = triton.cdiv(P, BLOCK), dict(BLOCK=BLOCK, num_warps=4)
+    blocks, warps = cdiv(P, BLOCK), dict(BLOCK=BLOCK, num_warps=4)
     with torch.cuda.device_of(pred):
         best, best_class, number = None, None, None
         raw = dict(of_pred, Best=None, C=C, HEAD=head)
@@ -43,7 +44,7 @@ def detect(pred, *options):
             number = _choose(raw, least, N, B, blocks, warps, new)
         box, score, class_id = new((B, N, 4)), new((B, N)), new((B, N), dtype=torch.int64)
         if B * N:
-            _candidate_kernel[(B * triton.cdiv(N, BLOCK),)](
+            _candidate_kernel[(B * cdiv(N, BLOCK),)](
                 **of_pred, Best=best, BestClass=best_class, Number=number, Box=box, Score=score, ClassId=class_id, N=N, C=C, least=least,
                 height=x.height, width=x.width, SQRT=x.sqrt_wh, HEAD=head, **warps, **EXACT,
             )  # fmt: skip
@@ -51,7 +52,7 @@ def detect(pred, *options):
         indices, kept, _ = nms.nms_padded(box, score, ids, x.iou_threshold, None, x.max_output, False)
         counts.copy_(kept)
         if B:
-            _result_kernel[(B * triton.cdiv(x.max_output, BLOCK),)](
+            _result_kernel[(B * cdiv(x.max_output, BLOCK),)](
                 box, score, class_id, indices, boxes, scores, classes, N, x.max_output, LOGITS=x.logits, **warps, **EXACT
             )
     return boxes, scores, classes, counts
@@ -105,7 +106,7 @@ def _tile(Pred, Best, strides, b, place, start, P, C, S, least, HEAD: tl.constex
     return tl.where(mask & (x > least), x, -INF), c
 
 
-@triton.jit
+@kernel
 def _best_kernel(
     Pred, Best, strides, P, C, S, Out, Class, least,  # Out, Class: (B, P)
     HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,7 +131,7 @@ def _key(x):
     return tl.where(bits >= 2**31, 0xFFFFFFFF - bits, bits + 2**31)
 
 
-@triton.jit
+@kernel
 def _count_kernel(
     Pred, Best, strides, P, C, S, least, Above, Ties, Lowest, Total, N,  # Above, Ties: (B, blocks)
     HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -154,7 +155,7 @@ def _count_kernel(
         tl.store(Ties + at, tl.sum(ties, axis=0))
 
 
-@triton.jit
+@kernel
 def _histogram_kernel(
     Pred, Best, strides, P, C, S, least, Total, Prefix, Bins, N,  # Bins: (B, 2**BITS)
     SHIFT: tl.constexpr, BITS: tl.constexpr, HEAD: tl.constexpr, BOXES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -171,7 +172,7 @@ def _histogram_kernel(
             tl.atomic_add(Bins + b * 2**BITS + ((key >> SHIFT) & (2**BITS - 1)), 1, mask=here, sem="relaxed")
 
 
-@triton.jit
+@kernel
 def _digit_kernel(Total, Prefix, Quota, Lowest, Bins, N, BITS: tl.constexpr, LAST: tl.constexpr):
     """The digit of the quota-th highest key that begins with the prefix; the quota among those that begin with both."""
     b, digit = tl.program_id(0).to(tl.int64), tl.arange(0, 2**BITS)
@@ -186,7 +187,7 @@ def _digit_kernel(Total, Prefix, Quota, Lowest, Bins, N, BITS: tl.constexpr, LAS
             tl.store(Lowest + b, prefix)
 
 
-@triton.jit
+@kernel
 def _write_kernel(
     Pred, Best, strides, P, C, S, least, Lowest, Quota, AboveStart, TieStart, Number, N,  # starts: (B, blocks), counts before each
     HEAD: tl.constexpr, BOXES: tl.constexpr, BLOCK: tl.constexpr,
@@ -213,7 +214,7 @@ def _write_kernel(
         ties += equal.to(tl.int64)
 
 
-@triton.jit
+@kernel
 def _candidate_kernel(
     Pred, Best, BestClass, Number, strides, P, C, S, Box, Score, ClassId, N, least, height, width,  # (B, N, 4), (B, N), (B, N)
     SQRT: tl.constexpr, HEAD: tl.constexpr, BOXES: tl.constexpr, BLOCK: tl.constexpr,
@@ -262,7 +263,7 @@ def _candidate_kernel(
     tl.store(ClassId + b * N + n, c, mask=n < N)
 
 
-@triton.jit
+@kernel
 def _result_kernel(
     Box, Score, ClassId, Indices, Boxes, Scores, Classes,  # (B, N, ...), and (B, max_output, ...)
     N, max_output, LOGITS: tl.constexpr, BLOCK: tl.constexpr,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from minkernels._triton_launch import cdiv, kernel
 from minkernels._triton_math import ASSERT, EXACT, INF, image_and_block
 from minkernels.yolo._options import loss_factor, loss_output
 
@@ -26,7 +27,7 @@ def _term(Grad, at, inside, counts, weight, error, upstream):
     return tl.where(counts, weight * error * error, 0.0)
 
 
-@triton.jit
+@kernel
 def _loss_kernel(
     Pred, Boxes, Classes,  # (N, K, K, 5 BOXES + C), (N, K, K, 4), (N, K, K)
     Sums,  # of each program, or None
@@ -89,7 +90,7 @@ def _loss_kernel(
 
 
 def loss_fwd(pred, boxes, classes, boxes_per_cell, coord, noobj, reduction):
-    sums = loss_output(pred, "none").new_empty((len(pred), triton.cdiv(pred.shape[1] ** 2, BLOCK)))
+    sums = loss_output(pred, "none").new_empty((len(pred), cdiv(pred.shape[1] ** 2, BLOCK)))
     _launch(pred, boxes, classes, boxes_per_cell, coord, noobj, 1.0, Sums=sums)
     loss = sums.sum(1)
     return loss if reduction == "none" else loss.sum() * loss_factor(pred, reduction)
@@ -110,7 +111,7 @@ def _launch(pred, boxes, classes, boxes_per_cell, coord, noobj, factor, Sums=Non
         dloss_stride=0 if DLoss is None or not DLoss.dim() else DLoss.stride(0), grad_strides=(0,) * 4 if Grad is None else Grad.stride(),
     )  # fmt: skip
     with torch.cuda.device_of(pred):
-        _loss_kernel[(triton.cdiv(K * K, BLOCK) * N,)](
+        _loss_kernel[(cdiv(K * K, BLOCK) * N,)](
             pred, boxes, classes, Sums, DLoss, Grad, K, channels - 5 * boxes_per_cell, **strides, coord=coord, noobj=noobj, factor=factor,
             BOXES=boxes_per_cell, TILE=TILE, BLOCK=BLOCK, num_warps=4, **EXACT, **ASSERT,
         )  # fmt: skip

@@ -49,6 +49,6 @@ def classify(model: str, checkpoint: str, texts: tuple[str, ...], *, device: str
         raise UserError(f"{checkpoint} was fine-tuned on examples of {task['texts']} texts, got {len(texts)}")
     sequences = kind.prepare(meta, Tokenizer.from_str(meta["tokenizer"]), texts)
     where = next(network.parameters()).device
-    logits = kind.logits(network, *(t.to(where) for t in kind.collate([sequences])))[0]
+    logits = kind.logits(network, *(t.to(where) for t in kind.collate([sequences], meta["config"][kind.limit])))[0]
     classes = task["classes"] or texts[1:]
     return sorted(zip(classes, logits.float().softmax(-1).tolist(), strict=True), key=lambda pair: -pair[1])

@@ -121,6 +121,15 @@ def test_a_dropout_of_everything_is_refused(book, tmp_path, capsys):
     assert capsys.readouterr().err == "error: dropout must be from 0 to less than 1, got 1.0\n"
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_a_context_that_is_no_multiple_of_8(model, book, tmp_path, capsys):
+    assert pretrain(model, book, tmp_path / "pretrained", "--steps", 1, "--vocab-size", 200, "--block-size", 21) == 0
+    assert finetune((model, tmp_path / "pretrained"), tmp_path / "run", "--task", "topic", "--no-compare") == 0
+    for words in (9, 10):  # of a token each, with the special ones 21 and 23
+        status = run("classify", model, "--checkpoint", tmp_path / "run", *["fox " * words] * 2)
+        assert status == (0 if words == 9 else 2), capsys.readouterr()
+
+
 @pytest.mark.parametrize("part", ["", "scratch"])
 def test_a_fine_tuning_does_not_replace_its_pretraining(part, tmp_path, capsys):
     (tmp_path / part).mkdir(exist_ok=True)

@@ -106,10 +106,10 @@ class TaskRecipe(Recipe):
         return sequences
 
     @staticmethod
-    def collate(examples: list[list[Sequence]]) -> tuple[Tensor, Tensor, Tensor]:
-        """ids (B, S, T), segments (B, S, T), lengths (B, S); padded with 0 to a multiple of 8."""
+    def collate(examples: list[list[Sequence]], most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids (B, S, T), segments (B, S, T), lengths (B, S); padded with 0 to a multiple of 8, but to no more than `most`."""
         lengths = torch.tensor([[len(ids) for ids, _ in sequences] for sequences in examples])
-        T = -(-int(lengths.max()) // 8) * 8
+        T = min(most, -(-int(lengths.max()) // 8) * 8)
         both = (
             torch.tensor([[s[part] + [0] * (T - len(s[part])) for s in sequences] for sequences in examples]) for part in (0, 1)
         )
@@ -132,4 +132,4 @@ class TaskRecipe(Recipe):
 
     def _stack(self, examples):
         sequences, labels = zip(*examples, strict=True)
-        return *self.collate(list(sequences)), torch.tensor(labels)
+        return *self.collate(list(sequences), getattr(self.config, self.limit)), torch.tensor(labels)

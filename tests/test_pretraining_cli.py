@@ -257,6 +257,13 @@ def test_a_text_of_one_document_is_no_matter_for_a_task(tmp_path, task):
         tasks.load(task, "", str(tmp_path / "x.txt"))
 
 
+def test_documents_that_are_alike_have_no_other_topic(tmp_path):
+    one = "\n\n".join(f"The fox is seen near the old house number {i}." for i in range(3))
+    (tmp_path / "x.txt").write_text("\n\n\n".join([one] * 20))
+    with pytest.raises(UserError, match=r"x\.txt is too short for the task .topic.: "):
+        tasks.load("topic", "", str(tmp_path / "x.txt"))
+
+
 def test_fill_on_a_training(book, tmp_path, capsys):
     assert pretrain("minbert", book, tmp_path / "run") == 0
     assert json.loads(files.load_checkpoint(tmp_path / "run")[1]["tokenizer"])["model"]["type"] == "WordPiece"

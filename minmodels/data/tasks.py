@@ -93,8 +93,9 @@ def _topic(documents, seen, rng):
     pools = [pool for document in documents if len(pool := _sentences(document, seen)) > 1]
     examples = []
     for pool in pools if len(pools) > 1 else ():
-        others = [s for other in pools if other is not pool for s in other if s not in pool]
-        for sentence in pool:
+        own = set(pool)
+        others = [s for other in pools if other is not pool for s in other if s not in own]
+        for sentence in pool if others else ():  # none: documents that are there twice
             examples.append(Example(0, (sentence, rng.choice([s for s in pool if s != sentence]))))
             examples.append(Example(1, (sentence, rng.choice(others))))
     return examples

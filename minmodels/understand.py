@@ -7,6 +7,8 @@ from minmodels import UserError, bert_folder
 from minmodels.options import FINETUNED
 from minmodels.recipes import load, recipe
 
+NO_WORDS = None, "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # None: what a model has beyond its tokenizer, to fill up a multiple
+
 
 @torch.no_grad()
 def fill(checkpoint: str, text: str, *, top: int = 5, device: str = "") -> tuple[str, list[list[tuple[str, float]]]]:
@@ -28,8 +30,9 @@ def fill(checkpoint: str, text: str, *, top: int = 5, device: str = "") -> tuple
     x = model.hidden(torch.tensor([ids], device=next(model.parameters()).device))[0, places]
     features, weight, bias = model.words(x)
     logits = torch.nn.functional.linear(features, weight, bias).float()
-    logits[:, [i for i in map(tokenizer.token_to_id, ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) if i is not None]] = -torch.inf
-    p, found = logits.softmax(-1).topk(min(top, logits.shape[1]))
+    never = [i for i in range(logits.shape[1]) if tokenizer.id_to_token(i) in NO_WORDS]
+    logits[:, never] = -torch.inf
+    p, found = logits.softmax(-1).topk(min(top, logits.shape[1] - len(never)))
     words = [[(tokenizer.id_to_token(i), q) for i, q in zip(*pair, strict=True)] for pair in zip(found.tolist(), p.tolist(), strict=True)]
     filled, end = "", 0
     for place, [(word, _), *_] in zip(places, words, strict=True):

@@ -68,7 +68,10 @@ class BPE:
         whole, parts = folder / "tokenizer.json", (folder / "vocab.json", folder / "merges.txt")
         try:
             if whole.exists():
-                return cls(Tokenizer.from_file(str(whole)))
+                tokenizer = Tokenizer.from_file(str(whole))
+                tokenizer.no_padding()  # such as a training with them has left there
+                tokenizer.no_truncation()
+                return cls(tokenizer)
             if not all(part.exists() for part in parts):
                 raise UserError(f"{folder} has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
             tokenizer = _byte_level(models.BPE.from_file(*map(str, parts)))

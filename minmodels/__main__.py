@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _drop_output():
     """Else Python would try once more to write it as it ends."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: there is none
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -12,6 +12,6 @@ def pick_device(name: str) -> torch.device:
         found = torch.zeros(1, device=name)
         found.item()  # which meta cannot give
         return found.device
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+    except (RuntimeError, AssertionError, ImportError) as error:  # without CUDA an AssertionError, for others an ImportError
         there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
         raise UserError(f"device {name} cannot be used: not one of {there} ({str(error).splitlines()[0]})") from error

@@ -34,7 +34,7 @@ class Trained(UserError):
 
 class Output(Console):
     def __init__(self):
-        super().__init__(highlight=False, markup=False)
+        super().__init__(highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self):
         raise BrokenPipeError  # rich itself would end the process, with status 1
@@ -65,7 +65,7 @@ def train(
         raise UserError(f"{path} exists: --resume continues it, --overwrite starts anew")
     else:
         options = MODELS[name].options.of(given)
-    places = {key: str(Path(getattr(options, key)).resolve()) for key in _data(options) if getattr(options, key)}
+    places = {key: str(Path(getattr(options, key)).absolute()) for key in _data(options) if getattr(options, key)}
     run = Run(name, replace(options, **places), meta)  # whole paths: it may be resumed from elsewhere
     if resume:
         run.restore(tensors, meta)

@@ -143,6 +143,27 @@ def test_a_terminal_that_cannot_show_what_is_written():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "? ?!\n", "")
 
+def test_a_name_that_is_too_long_where_there_is_no_output(book, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&-
+    assert tiny(book, tmp_path / ("a" * 300)) == 2
+    assert re.fullmatch(r"error: .*aaa.*: File name too long\n", capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd")
+def test_a_text_from_a_pipe(book, tmp_path):
+    """As a shell gives it for --text <(command)."""
+    reader, writer = os.pipe()
+    with open(book, "rb") as f, open(writer, "wb") as pipe:
+        pipe.write(f.read())
+    assert tiny(f"/dev/fd/{reader}", tmp_path / "run", "--steps", 1) == 0
+    os.close(reader)
+
+
+
+def test_a_path_is_printed_as_it_is(capsys):
+    train.Output().print("runs/:fire:/[b]x")
+    assert capsys.readouterr().out == "runs/:fire:/[b]x\n"
+
 
 def test_metrics_are_whole_lines_on_a_full_disk(tmp_path):
     """The kernel itself refuses, in the middle of a record."""
@@ -243,6 +264,7 @@ BAD_OPTIONS = {
     "train gpt --n-head 3": "error: n_embd must be a multiple of n_head, got 128 and 3",
     "train gpt --n-embd 4000000000": "error: not enough memory, ask for smaller sizes or batches. ",
     "train gpt --device nowhere": "error: device nowhere cannot be used: ",
+    "train gpt --device hpu": "error: device hpu cannot be used: not one of cpu",
     "train gpt --device meta": "error: device meta cannot be used: not one of cpu",
     f"train gpt --seed {2**63}": f"argument --seed: must be less than 2**63, got '{2**63}'",
     "generate gpt": "the following arguments are required: --checkpoint",

@@ -29,7 +29,7 @@ def loss_figure(metrics: Path, title: str, unit: str) -> Figure:
     axes.plot(_column(tests, "seconds"), _column(tests, "heldout"), "o-", color="tab:orange", label="held-out")
     last = tests[-1]["seconds"], tests[-1]["heldout"]
     axes.annotate(f"{last[1]:.3f}", last, (0, 8), textcoords="offset points", ha="center", color="tab:orange", weight="bold")
-    axes.set(title=title, xlabel="training time (s)", ylabel=f"loss ({unit})")
+    axes.set(title=drawable(title), xlabel="training time (s)", ylabel=f"loss ({unit})")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper right")  # "best" takes seconds with many steps
@@ -50,6 +50,11 @@ def precision_recall_figure(curves: Mapping[str, Curve], title: str) -> Figure:
     for text, name in zip(legend.get_texts(), curves, strict=True):
         text.set_text(name)  # as a label one that begins with _ would be left out
     return figure
+
+
+def drawable(name: str) -> str:
+    """The name of a file, whose bytes need not be text: Matplotlib refuses others."""
+    return name.encode(errors="replace").decode()
 
 
 def _column(records: list[dict], key: str) -> list[float]:

@@ -12,7 +12,7 @@ from minmodels import UserError, files
 from minmodels.data import images
 from minmodels.data.masks import Example
 from minmodels.minunet import UNet
-from minmodels.plot import plain
+from minmodels.plot import drawable, plain
 from minmodels.recipes import load
 
 COLORS = (np.array(matplotlib.colormaps["tab10"].colors) * 255).astype(np.uint8)  # (10, 3), of the classes from 1 on
@@ -64,7 +64,7 @@ def figure(examples: list[Example], found: list[np.ndarray], classes: int) -> Fi
         for ax, picture in zip(axes, pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
             ax.set_axis_off()
-        axes[0].text(0.02, 0.98, example.name, transform=axes[0].transAxes, va="top", color="white", fontsize=8)
+        axes[0].text(0.02, 0.98, drawable(example.name), transform=axes[0].transAxes, va="top", color="white", fontsize=8)
     for ax, title in zip(grid[0], titles, strict=True):
         ax.set_title(title)
     handles = [Patch(color=np.array(color) / 255, label=name) for name, color in AGREES.items()]

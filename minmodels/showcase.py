@@ -119,7 +119,7 @@ def showcase(
     spent = (time.perf_counter() - start) / 60
     index = folder / INDEX
     with files.replacing(index) as part:
-        part.write_text(_page(info, trainings, shown, rows, sizes, spent), encoding="utf-8")
+        part.write_text(_page(info, trainings, shown, rows, sizes, spent), encoding="utf-8", errors="replace")
     console.print(f"{spent:.1f} minutes. The page: {index}", soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ from minmodels.data.masks import Example
 from minmodels.metrics import Curve
 
 NAMES = ["$x_$", "_hidden", "50 $", "plain"]
+NO_TEXT = "caf\udce9"  # what Python makes of a name of Latin-1
 
 
 def test_loss_curve(tmp_path):
@@ -35,10 +36,10 @@ def drawn(figure, path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, NO_TEXT])
 def test_any_name_is_drawn_as_it_is(tmp_path, name):
     (tmp_path / "m").write_text('{"step": 1, "loss": 2.0, "seconds": 1.0}\n{"step": 1, "heldout": 1.0, "seconds": 1.0}\n')
-    drawn(plot.loss_figure(tmp_path / "m", f"gpt learns a{name}_$b", name), tmp_path / "loss.png")
+    drawn(plot.loss_figure(tmp_path / "m", f"gpt learns a{name}_$b", name.replace(NO_TEXT, "nats")), tmp_path / "loss.png")
     example = Example(f"a{name}_$b", np.eye(8, dtype=np.uint8), np.eye(8, dtype=np.uint8))
     drawn(segment.figure([example], [example.mask], 1), tmp_path / "segmentation.png")
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -208,6 +208,16 @@ def test_a_file_in_the_way_leaves_out_one_part(book, tmp_path, monkeypatch, caps
     showcase.showcase(book, str(out), minutes=0.01, seconds=0.01, sizes=SIZES)
     assert re.search(r"^minGPT +\d+ s  left out: cannot write ", capsys.readouterr().out, re.M)
     assert f"--out '{out / 'adder'}'" in shown(out).text  # a command that a shell takes
+
+
+def test_a_file_whose_name_is_no_text(book, tmp_path, monkeypatch):
+    tiny(monkeypatch, tmp_path, "gpt")
+    monkeypatch.setattr(forked, "process", Now)
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(BytesIO(), errors="replace"))  # as the command line has it
+    text = tmp_path / os.fsdecode(b"caf\xe9.txt")
+    os.rename(book, text)
+    showcase.showcase(str(text), str(tmp_path / "show"), minutes=0.01, seconds=0.01, sizes=SIZES)
+    assert re.search(r"train gpt .*/caf\?\.txt' ", shown(tmp_path / "show").text)
 
 
 def test_one_that_takes_too_long_is_stopped(tmp_path, monkeypatch, capsys):

@@ -90,3 +90,10 @@ def test_floats_are_read_without_a_warning(tmp_path):
         warnings.simplefilter("error")
         image = images.read(tmp_path / "x.tif")
         assert images.floats(image, 1).shape == (1, 3, 4) and images.resized(image, 2).dtype == np.float32
+
+
+def test_an_image_that_is_too_large_for_pillow_is_not_called_damaged(tmp_path, monkeypatch):
+    Image.new("L", (3, 4)).save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
+    with pytest.raises(images.BadImage, match=r"cannot read .*x\.png: Image size \(12 pixels\) exceeds limit of 10 pixels"):
+        images.read(tmp_path / "x.png")

@@ -39,6 +39,8 @@ def opened(path: Path, convert: Callable[[Image.Image], Image.Image] | None = No
         with path.open("rb") as file, Image.open(file) as image:  # of a path Pillow maps turned TIFFs in the wrong shape
             upright = ImageOps.exif_transpose(image)
             array = np.array(convert(upright) if convert else upright)
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"cannot read {path}: {error}") from error
     except Exception as error:  # of a damaged file Pillow raises anything
         what = error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or no image"
         raise BadImage(f"cannot read {path}: {what}") from error

@@ -114,8 +114,9 @@ def _mask(path: Path, classes: int) -> np.ndarray:
         raise UserError(f"{path} is in colour: a mask of {classes} classes has one number a pixel")
     if classes == 1:
         return (mask != 0).astype(np.uint8)
-    if mask.min() < 0 or mask.max() >= classes:
-        row, column = np.argwhere((mask < 0) | (mask >= classes))[0]
+    wrong = (mask < 0) | (mask >= classes) | (mask % 1 != 0)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
         where = f"at column {column}, row {row}"
         raise UserError(f"{path} has the unknown class {mask[row, column]} {where}: the classes are 0 to {classes - 1}")
     return mask.astype(np.uint8)

@@ -14,9 +14,11 @@ pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 pytest.importorskip("minkernels._host", reason="minkernels._host is not built: pip install pybind11, python -m minkernels build")
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from minmodels import files
+from minmodels.recipes import yolo
 from test_minmodels_cli import metrics, run, stop_after
 from vision_cases import shapes, squares
 
@@ -109,6 +111,15 @@ def test_minyolo_learns_and_detects(tmp_path, capsys):
         assert abs((x2 - x1) / width - w) < 0.15 and abs((y2 - y1) / height - h) < 0.15
     assert run("detect", one, "--checkpoint", out, "--out", found, "--score", 1) == 0 and capsys.readouterr().out == "3: nothing\n"
 
+def test_a_class_that_no_held_out_image_has_is_given_no_curve(tmp_path, monkeypatch):
+    folder, drawn = shapes(tmp_path / "data"), []
+    lines = (folder / "labels" / "4.txt").read_text().splitlines()
+    (folder / "labels" / "4.txt").write_text(lines[0])  # of the image that is held out
+    monkeypatch.setattr(yolo, "precision_recall_figure", lambda curves, title: drawn.append(list(curves)) or Figure())
+    assert tiny("yolo", ("--yolo", folder), tmp_path / "run", "--steps", 40, "--eval-every", 40, "--lr", 0.02) == 0
+    assert drawn == [["square"]]
+
+
 
 @pytest.mark.parametrize("model", TINY)
 def test_a_full_disk_is_told_and_leaves_no_part_of_a_file(model, tmp_path, monkeypatch, capsys):
@@ -178,6 +189,9 @@ def test_an_unknown_class_in_a_mask(tmp_path, capsys):
     Image.new("RGB", (40, 48)).save(tmp_path / "data" / "masks" / "2.png")
     message = r"2\.png is in colour: a mask of 3 classes has one number a pixel"
     fails(capsys, tiny("unet", options, tmp_path / "run", "--classes", 3), message)
+    (tmp_path / "data" / "masks" / "2.png").unlink()
+    Image.fromarray(np.full((48, 40), 0.5, np.float32)).save(tmp_path / "data" / "masks" / "2.tif")
+    fails(capsys, tiny("unet", options, tmp_path / "run", "--classes", 3), r"2\.tif has the unknown class 0\.5 at column 0, row 0: ")
 
 
 def line(text):

@@ -55,7 +55,8 @@ class YOLORecipe(Recipe):
         return {"heldout": loss, "AP50": self.ap.stats["ap50"], "AP": self.ap.ap, "VOC AP": voc}
 
     def finish(self, model, folder):
-        curves = {name: self.ap.curve(c) for c, name in enumerate(self.scenes.names) if c in self.ap.classes}
+        there = [c for c, ap in zip(self.ap.classes, self.ap.ap_per_class, strict=True) if ap >= 0]  # -1: found, but nowhere true
+        curves = {self.scenes.names[c]: self.ap.curve(c) for c in there}
         title = f"IoU 0.5, mean AP {self.ap.stats['ap50']:.3f}"
         with files.replacing(folder / "precision_recall.png") as part:
             precision_recall_figure(dict(itertools.islice(curves.items(), 12)), title).savefig(part)

@@ -1,5 +1,6 @@
 """What surrounds the kernels: the import, the report, the build, and life without the C++ library."""
 
+import importlib.metadata
 import os
 import re
 import shutil
@@ -67,6 +68,21 @@ def test_info_names_what_serves_each_op(library):
     assert all(info.cpu_level in devices["CPU"] for devices in info.backends.values())
     printed = python("import runpy; runpy.run_module('minkernels', run_name='__main__')")
     assert printed.stdout.strip() == str(info).strip(), printed.stderr
+
+def test_triton_under_the_name_that_nightly_builds_give_it(monkeypatch):
+    version = importlib.metadata.version
+
+    def installed(name):
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "3.9.9" if name == "pytorch-triton" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    for found, there in (({"triton": ["pytorch-triton"]}, "3.9.9"), ({}, None)):
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda found=found: found)
+        info = minkernels.info()
+        assert info.triton == there and bool(info.missing) == (there is None)
+
 
 
 def test_a_lower_level_is_reported(library, monkeypatch):

@@ -63,6 +63,8 @@ def info() -> Info:
         cpu = f"C++ for {level}, as MINKERNELS_CPU_LEVEL asks"
     host = importlib.util.find_spec("minkernels._host")
     triton = _version("triton")
+    if triton is None:  # nightly builds of torch bring it as pytorch-triton
+        triton = next(map(_version, importlib.metadata.packages_distributions().get("triton", ())), None)
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
     if triton is None:
         missing.append("Triton, which the GPU kernels need: pip install triton")

@@ -207,6 +207,9 @@ def test_kernels_layout(tmp_path, by, monkeypatch, capsys):
     """By hand, as kernels does it; and by kernels where that is installed."""
     monkeypatch.setattr(sys, "argv", ["minkernels", "kernels-layout", str(tmp_path / "new")])
     assert main() == 0 and "torch-cuda" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["minkernels", "kernels-layout", str(tmp_path / "file")])
+    assert main() == 1 and capsys.readouterr().err == f"error: cannot write {tmp_path / 'file'}: Not a directory\n"
     modules = nn.ModuleDict({name: getattr(nn, name)(*(8, 2) if name == "MultiheadAttention" else ()) for name in LAYERS})
     modules["theirs"] = Halved()
     if by == "kernels":

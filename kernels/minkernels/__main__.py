@@ -31,7 +31,12 @@ def main() -> int:
     elif args.command == "kernels-layout":
         from minkernels.swap import layers
 
-        for folder in layers.write(args.dir):
+        try:
+            folders = layers.write(args.dir)
+        except OSError as error:
+            print(f"error: cannot write {args.dir}: {error.strerror}", file=sys.stderr)
+            return 1
+        for folder in folders:
             print("written", folder)
     else:
         try:

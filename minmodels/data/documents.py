@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from minmodels import UserError
 from minmodels.data import text as textdata
 
 RULE = re.compile(r"([^\w\s])\1{3,}\+?")  # ****, ----+
@@ -29,8 +28,6 @@ def load(path: str) -> Documents:
     parts = [re.split(r"\n{3,}", part) for part in textdata.read(path)[1:]] if path else textdata.split_topics()
     train, heldout = ([sentences for document in part if (sentences := split_sentences(document))] for part in parts)
     name = path or "Python's help topics"
-    if sum(map(len, heldout)) < 2:
-        raise UserError(f"{name} is too short: it has {sum(map(len, train))} sentences to learn from and {sum(map(len, heldout))} held out")
     return Documents(name, train, heldout, hashlib.sha256(json.dumps([train, heldout]).encode()).hexdigest())
 
 

@@ -1,6 +1,7 @@
 """swap, unswap and swapped of models made of torch.nn and of code that calls its functions."""
 
 import copy
+import functools
 import subprocess
 import sys
 import types
@@ -58,6 +59,25 @@ class OfClass(nn.Module):
     @classmethod
     def forward(cls, input, target):
         return cls.scale * F.cross_entropy(input, target)
+
+
+class decorated:
+    """As those of wrapt: an object that binds itself, and called by its class takes the module first."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+    def __get__(self, module, cls):
+        return self if module is None else types.MethodType(self.__wrapped__, module)
+
+    def __call__(self, module, *args):
+        return self.__wrapped__(module, *args)
+
+
+class Decorated(nn.Module):
+    @decorated
+    def forward(self, input, target):
+        return F.cross_entropy(input, target)
 
 
 class Trainer(nn.Module):
@@ -212,7 +232,7 @@ def test_models_of_transformers_are_anothers(monkeypatch):
     assert {r.where for r in report.replaced} >= {*inside, "ours"} and "theirs.0" not in {r.where for r in report.replaced}
 
 
-@pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "static", "of-class", "ce", "bce"])
+@pytest.mark.parametrize("kind", ["attention", "processed", "inherited", "static", "of-class", "decorated", "ce", "bce"])
 def test_modules(kind):
     x, labels = torch.randn(6, 9).requires_grad_(), torch.randint(9, (6,))
     module, inputs = {
@@ -221,6 +241,7 @@ def test_modules(kind):
         "inherited": (Inherited(torch.rand(9), reduction="sum"), [x, labels]),
         "static": (Static(), [x, labels]),
         "of-class": (OfClass(), [x, labels]),
+        "decorated": (Decorated(), [x, labels]),
         "ce": (nn.CrossEntropyLoss(torch.rand(9), ignore_index=2, label_smoothing=0.1), [x, labels]),
         "bce": (nn.BCEWithLogitsLoss(torch.rand(9), pos_weight=torch.rand(9)), [x, torch.rand(6, 9)]),
     }[kind]

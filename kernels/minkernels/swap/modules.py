@@ -3,7 +3,6 @@
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Callable, Iterator
 
 import torch
@@ -44,8 +43,8 @@ def _plan(where: str, module: nn.Module, calls_of: Callable) -> Iterator[Swap | 
     if names and (inner := _recomputing(module, names, calls_of)):
         yield Left(where, ", ".join(sorted(inside)), f"what {inner} recomputes in a backward would be outside the scope of its forward")
     elif names:
-        method = isinstance(inspect.getattr_static(cls, "forward"), types.FunctionType)
-        change = forward(module, functools.partial(_inside if method else _inside_unbound, Functions(names)))
+        unbound = isinstance(inspect.getattr_static(cls, "forward"), staticmethod | classmethod)
+        change = forward(module, functools.partial(_inside_unbound if unbound else _inside, Functions(names)))
         by = ", ".join(dict.fromkeys(OPS[name] for name in names)) + ", in its forward"
         yield from _unless_replaced(Swap(where, ", ".join(sorted(inside)), by, module, (change,)))
     for known in PLAIN:

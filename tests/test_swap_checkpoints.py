@@ -57,6 +57,38 @@ class Dropping(nn.Module):
         return checkpoint(self.attend, x, use_reentrant=self.reentrant)
 
 
+def checkpointed(function):
+    @functools.wraps(function)
+    def recomputed(*args):
+        return checkpoint(function, *args, use_reentrant=False)
+
+    return recomputed
+
+
+@checkpointed
+def attend_twice(x):
+    return sdpa(x, x, sdpa(x, x, x))
+
+
+class Method(nn.Module):
+    @checkpointed
+    def forward(self, x):
+        return sdpa(x, x, x)
+
+
+class Function(nn.Module):
+    def forward(self, x):
+        return attend_twice(x)
+
+
+@pytest.mark.parametrize("kind", [Method, Function])
+def test_checkpoints_by_a_decorator(kind):
+    model, x = kind(), torch.randn(1, 2, 9, 8, requires_grad=True)
+    report = swap(model)
+    assert not report.replaced and "because: what it recomputes" in str(report)
+    model(x).sum().backward()
+
+
 class Around(nn.Module):
     def __init__(self, inner):
         super().__init__()

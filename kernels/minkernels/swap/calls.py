@@ -44,7 +44,7 @@ def _reached(entries, methods, known) -> dict[str, str]:
                 if value in known:
                     reached[spelled] = known[value]
                 elif isinstance(value, types.FunctionType) and (value.__module__ or "").partition(".")[0] == package:
-                    waiting.append(value)
+                    waiting += _decorated(value)
     return reached
 
 
@@ -55,11 +55,19 @@ def _methods(cls) -> dict[str, list[types.FunctionType]]:
         if c in (nn.Module, object):
             continue
         for name, value in vars(c).items():
-            value = value.fget if isinstance(value, property) else getattr(value, "__wrapped__", getattr(value, "__func__", value))
+            if not isinstance(value, types.FunctionType):
+                value = value.fget if isinstance(value, property) else getattr(value, "__wrapped__", getattr(value, "__func__", value))
             overrides = methods.setdefault(name, [])
-            if isinstance(value, types.FunctionType) and all("super" in f.__code__.co_names for f in overrides):
-                overrides.append(value)
+            if not overrides or "super" in overrides[-1].__code__.co_names:
+                overrides += _decorated(value)
     return methods
+
+
+def _decorated(value) -> Iterator[types.FunctionType]:
+    """A function behind its decorators, which may call something themselves: a checkpoint, say."""
+    while isinstance(value, types.FunctionType):
+        yield value
+        value = getattr(value, "__wrapped__", None)
 
 
 def _codes(code) -> Iterator[types.CodeType]:

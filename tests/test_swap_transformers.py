@@ -184,6 +184,16 @@ def test_what_we_lack_takes_their_road(library):
         torch.testing.assert_close(mine[1], their[1])
 
 
+def test_a_config_that_asks_for_weights(library, tmp_path):
+    """No call says so to the attention, and transformers does not save it with another than eager."""
+    model = make("mistral")
+    model.config.output_attentions = True
+    report = minkernels.swap(model)
+    assert [by for *_, by in report.replaced] == ["cross_entropy"] and "config.output_attentions asks" in report.left[0].why
+    assert len(model(inputs_of("mistral", None)[0]["input_ids"]).attentions) == 2
+    model.config.save_pretrained(tmp_path)
+
+
 def calls_of_library(monkeypatch):
     calls = []
     own = _hf_attention._library

@@ -60,6 +60,7 @@ def _attention(where, model, kind):
     """A Swap for each config: the modules that ask it for their implementation, and the models that build their masks by it."""
     parts = list(model.named_modules(prefix=where))
     models = {name: module for name, module in parts if isinstance(module, kind)}
+    weights = any(getattr(m.config, "output_attentions", False) for m in models.values())
     routed, inside, why = {}, set(), {}  # id(config): modules; names of what they are in; id(config): why none of them can be swapped
     for name, module in parts:
         if name in models or not _uses_interface(type(module)):
@@ -71,6 +72,8 @@ def _attention(where, model, kind):
         reason = NOT_OURS.get(type(module).__name__) or _sdpa_only(type(module))
         if reason or not owner._can_set_attn_implementation():
             why[at] = reason or f"{type(owner).__name__} does not support setting its attention implementation"
+        if weights:
+            why[at] = "config.output_attentions asks for its weights, which we do not form"
     called = functools.cache(lambda kind: {*calls(kind, "forward", NAMES)[0].values()})
     others = {name: module for name, module in parts if name not in models and name not in inside and _is_attention(module)}
     for name, module in others.items():

@@ -137,6 +137,17 @@ def test_whole_masks_of_the_user(library, kind):
     torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize("shape", [(T,), (B, 1, T), (B, T, T)], ids=str)
+def test_masks_that_are_none(name, shape):
+    """Their errors: a mask of one dimension was silently taken for one of ours, which is causal."""
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[..., 0] = 0
+    for model in (make(name), swapped(name)):
+        with pytest.raises((IndexError, RuntimeError), match=r"too many indices|out of bounds|the number of sizes"):
+            model(input_ids=inputs_of(name, None)[0]["input_ids"], attention_mask=mask)
+
+
 def test_bidirectional_use_of_a_causal_model(library):
     if "is_causal" not in transformers.masking_utils.create_causal_mask.__code__.co_consts:
         pytest.skip("newer versions take it from the config")

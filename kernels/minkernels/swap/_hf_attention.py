@@ -91,8 +91,10 @@ def mask(
     """
     from transformers import masking_utils
 
-    if attention_mask is not None and attention_mask.dim() in (1, 3):  # ours, from generate(), which prepared it
-        return attention_mask
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        shape = attention_mask.shape
+        if shape == (0,) or (len(shape) == 3 and shape[1] == 1 and local_size is not None):  # ours, from generate(), which prepared it
+            return attention_mask
     if cache_position is not None:
         aligned = cache_position.shape[0] == kv_length
     else:
@@ -117,7 +119,8 @@ def mask(
     places = {"cache_position": cache_position} if cache_position is not None else {"q_length": q_length, "q_offset": q_offset}
     return masking_utils.sdpa_mask(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
-        local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **places,
+        local_size=local_size, allow_is_causal_skip=allow_is_causal_skip and not keys,
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and not keys, **places,
         **({} if device is None else {"device": device}), **more,
     )  # fmt: skip
 

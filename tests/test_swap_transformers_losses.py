@@ -5,6 +5,8 @@ import functools
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import minkernels
 from judge import assert_close
@@ -173,6 +175,27 @@ def test_linear_cross_entropy_other_calls(library):
     torch.testing.assert_close(model(given["input_ids"], labels=given["labels"]).loss, loss)
     model.loss_function = lambda *_, **more: torch.tensor(7.0)  # set after the swap
     assert model(**given).loss == 7
+
+
+@pytest.mark.parametrize("first", ["swap", "shard"])
+def test_linear_cross_entropy_of_a_sharded_model(library, first):
+    """fully_shard gives the model a class of its own, without which there were logits again, and no word of it."""
+    model, given = make("llama"), inputs_of("llama", "right")[0]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        if first == "swap":
+            minkernels.swap(model, linear_cross_entropy=True)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        if first == "shard":
+            minkernels.swap(model, linear_cross_entropy=True, strict=True)
+        out, plain = model(**given), make("llama")
+        out.loss.backward()
+        assert out.logits is None
+        plain(**given).loss.backward()
+        for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class GPT2LMHeadModel(transformers.GPT2LMHeadModel):

@@ -102,7 +102,8 @@ def _mean(loss, count, *args, **options):
 
 def no_linear(model: nn.Module) -> str:
     """Why this causal language model cannot do without its logits; empty if it can."""
-    if type(model).__name__ not in CAUSAL_LMS or not type(model).__module__.startswith("transformers.models."):
+    kind = next(base for base in type(model).__mro__ if not base.__module__.startswith("torch."))  # fully_shard makes a class of its own
+    if kind.__name__ not in CAUSAL_LMS or not kind.__module__.startswith("transformers.models."):
         return "not among the architectures that linear_cross_entropy was tested with"
     if not _plain_head(model):
         return f"its lm_head is no plain nn.Linear but {type(model.lm_head).__name__}, or has hooks"

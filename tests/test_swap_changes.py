@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import inspect
 import pickle
+import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from minkernels import swap, swapped, unswap
 from swap_cases import Attention, Model, batch, ours
@@ -66,6 +69,22 @@ def test_copies():
         assert torch.equal(model(x, target, padding), expected)
         assert len(unswap(twin)) == 7 and ours(twin, x, target, padding)[1] == []
     assert ours(model.double().eval(), x.double(), target, padding)[1] == names
+
+
+class Odd(nn.Module):
+    """Its forward has a default that cannot be copied, and an annotation that cannot be pickled."""
+
+    def forward(self, x, logger=sys, *, scale: type("Unnamed", (), {}) = None):
+        return sdpa(x, x, x, scale=scale)
+
+
+def test_copies_of_a_forward_with_any_signature():
+    model, x = Odd(), torch.randn(1, 2, 5, 8)
+    names = [*inspect.signature(model.forward).parameters]
+    swap(model)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [*inspect.signature(twin.forward).parameters] == names
+        assert ours(twin, x, scale=0.5)[1] == ["attention_fwd"]
 
 
 def test_what_was_undone_is_swapped_again():

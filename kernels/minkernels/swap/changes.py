@@ -87,9 +87,15 @@ class Swap(NamedTuple):
 
 def forward(module: nn.Module, function: Callable) -> Attribute:
     """module(...) calls function(module, ...), which is at the top level of a module, so that copies and pickles of the model work."""
-    call = functools.partial(function, module)
-    call.__signature__ = inspect.signature(module.forward)  # Hugging Face's Trainer reads the names of its arguments
-    return Attribute(module, "forward", call)
+    return Attribute(module, "forward", Forward(function, module))
+
+
+class Forward(functools.partial):
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Hugging Face's Trainer reads the names. Not kept: defaults and annotations need not be such as can be copied or pickled."""
+        module = self.args[-1]
+        return inspect.signature(inspect.getattr_static(type(module), "forward").__get__(module, type(module)))
 
 
 def _grouped(rows: tuple, title: str, link: str) -> list[str]:

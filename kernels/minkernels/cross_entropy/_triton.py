@@ -37,7 +37,9 @@ def fwd(input, target, weight, *options, divisor=None, out=None):
     labels = is_labels(target)
     if not labels:
         rows //= input.shape[1]
-    if reduction == "mean" and divisor is None:
+    if reduction != "mean":
+        divisor = None
+    elif divisor is None:
         if labels:
             w = ~is_ignored(target, x.ignore_index) if weight is None else row_weights(target, weight, x.ignore_index, torch.float32)
             divisor = weighted(w.sum(), empty_zero)

@@ -191,6 +191,18 @@ def test_no_rows(options, reduction):
             assert _triton.fwd(x, target, weight, *lowered, reduction, True, True)[0] == 0
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_changes_nothing(default):
+    x, target = (t.to(DEVICE) for t in make(302, 5))  # 301 rows count, which is no bfloat16
+    expected = _triton.fwd(x, target, None, *Options(), "mean", True, True)
+    try:
+        torch.set_default_dtype(default)
+        actual = _triton.fwd(x, target, None, *Options(), "mean", True, True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", [(3, 5), (3, 2500), (2, 5, 3)], ids=str)
 def test_all_ignored(shape, weighted, small):

@@ -167,6 +167,17 @@ def test_nothing_counts():
         assert (loss.isnan() and dice.isnan()) if reduction == "mean" else (loss == 0 and dice == 0)
 
 
+def test_the_default_dtype_changes_nothing():
+    x, t, mask = to(torch.randn(302), torch.rand(302), torch.arange(302) > 0)  # 301 elements count, which is no bfloat16
+    expected = _triton.sigmoid_loss_fwd(x, t, None, None, mask, -1.0, 0.0, "mean", True)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        actual = _triton.sigmoid_loss_fwd(x, t, None, None, mask, -1.0, 0.0, "mean", True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 def test_relative_errors():
     """A loss near 0 is as exact as one near 1."""
     x = torch.linspace(-86, 86, 20_001)

@@ -42,7 +42,7 @@ def fwd(input, target, weight, *options, divisor=None, out=None):
     elif divisor is None:
         if labels:
             w = ~is_ignored(target, x.ignore_index) if weight is None else row_weights(target, weight, x.ignore_index, torch.float32)
-            divisor = weighted(w.sum(), empty_zero)
+            divisor = weighted(w.sum(dtype=torch.float32), empty_zero)
         else:
             factor = 1 / max(1, rows)
     loss = new_loss(input, reduction) if reduction == "none" else input.new_empty(rows, dtype=torch.float32)

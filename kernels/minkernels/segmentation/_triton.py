@@ -306,7 +306,7 @@ def sigmoid_loss_fwd(input, target, weight, pos_weight, mask, alpha, gamma, redu
     elif mask is None:
         scale.fill_(1.0 / max(count, 1))
     else:
-        scale.copy_(torch.where(count > 0, 1.0 / count, 0.0))
+        scale.copy_(count).reciprocal_().nan_to_num_(posinf=0.0)
     sums = scale.new_empty(cdiv(input.numel(), BLOCK))
     if input.numel():
         each = loss if reduction == "none" else None

@@ -1,8 +1,11 @@
 """What all ops promise of PyTorch's transforms together."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from op_cases import OPS
 
@@ -23,3 +26,37 @@ def test_a_compiled_gradient_is_the_gradient(op, args, options, grads, _, librar
     expected = gradient(*args)
     assert all(t.abs().max() > 0 for t in expected)
     torch.testing.assert_close(torch.compile(gradient, fullgraph=True, backend="aot_eager")(*args), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op, args, options, grads, _", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
+@pytest.mark.parametrize("saved", [False, True], ids=["recomputed", "saved"])
+def test_a_checkpoint(saved, op, args, options, grads, _, library):
+    """Around all of it, or with our results saved: PyTorch refuses what was saved and is then written to."""
+
+    def policy(context, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if saved and op.namespace == "minkernels" else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def step(*args):
+        found = tree_leaves(op(*(t * torch.ones_like(t) for t in args[:grads]), *args[grads:], **options))
+        return sum(t.sum() for t in found if t.is_floating_point())
+
+    leaves = [t.clone().requires_grad_() for t in args[:grads]]
+    context = partial(create_selective_checkpoint_contexts, policy)
+    actual = checkpoint(step, *leaves, *args[grads:], use_reentrant=False, context_fn=context)
+    expected = torch.autograd.grad(step(*leaves, *args[grads:]) / 3, leaves)
+    torch.testing.assert_close(torch.autograd.grad(actual / 3, leaves), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "linear_cross_entropy", "sigmoid_focal_loss"])
+def test_a_checkpoint_keeps_no_gradient(name, library):
+    op, args, options, grads, _ = OPS[name]
+    leaves = [t.clone().requires_grad_() for t in args[:grads]]
+
+    def kept(run):
+        losses = []
+        run(lambda *leaves: losses.append(op(*leaves, *args[grads:], **options)) or losses[0], *leaves)
+        node = losses[0].grad_fn
+        return node.grads if "linear" in name else node.grad
+
+    assert kept(lambda f, *args: f(*args)) is not None
+    assert kept(partial(checkpoint, use_reentrant=False)) is None

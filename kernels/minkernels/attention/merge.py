@@ -83,6 +83,6 @@ class _Merge(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         if dout is None and dlse is None:
             return (None,) * 4
-        out1 = ctx.saved_tensors[0]
+        out1, *others = ctx.saved_tensors  # once: a checkpoint gives them no second time
         dout = torch.zeros((), dtype=out1.dtype, device=out1.device).expand(out1.shape) if dout is None else dout
-        return _bwd(dout, dlse, *ctx.saved_tensors)
+        return _bwd(dout, dlse, out1, *others)

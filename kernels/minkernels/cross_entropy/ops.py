@@ -242,8 +242,11 @@ def _rows(t, classes=1):
 
 def grad_early(input):
     """Whether the forward may write the gradient for an upstream of 1, to be scaled later: float16 would underflow before a
-    GradScaler's factor came; a compiled graph or a functorch transform recomputes, since it cannot hand the same buffer on."""
+    GradScaler's factor came; a compiled graph or a functorch transform recomputes, since it cannot hand the same buffer on; and what
+    hooks put away until the backward, as a checkpoint's do, is not to leave something as large behind."""
     if input.dtype == torch.float16 or torch.compiler.is_compiling():
+        return False
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return False
     return torch._C._functorch.peek_interpreter_stack() is None
 

@@ -23,7 +23,10 @@ def define(name: str, schema: str, *, fake: Callable, reference: Callable, cpu: 
     None where the C++ library, once loaded, registers the operator itself: calls so small that Python would take most of the time."""
     _LIB.define(name + schema)
 
-    def other(*args):  # every device that has no kernel of its own; the CPU until the library is loaded
+    def other(*args):  # every device that has no kernel of its own; the CPU until the library is loaded; and every layout
+        for t in args:
+            if isinstance(t, Tensor) and t.layout != torch.strided:
+                raise TypeError(f"{name} takes dense tensors alone, got one of layout {t.layout}")
         if cpu is None and args[0].device.type == "cpu" and cpp():
             if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minkernels::{name}", "CPU"):
                 raise _other_version(f"it has no {name}")

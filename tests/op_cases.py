@@ -31,6 +31,7 @@ LINEAR, NONE = (randn(30, 16), randn(37, 16), labels(30)), dict(reduction="none"
 NMS = dict(iou_threshold=0.5, max_output=20)
 CELLS = rand(2, 4, 4, 13), rand(2, 4, 4, 4), randint(-1, 3, (2, 4, 4))
 YOLO = dict(num_classes=3, score_threshold=0.1, **NMS)
+W64 = torch.linspace(0.5, 1.5, 37, dtype=torch.float64)  # as NumPy's weights of classes come
 OPS = {  # op, arguments, options, how many of the first arguments have a gradient, how often the host may wait
     "attention": (mk.attention, qkv(), dict(causal=True), 3, 0),
     "attention, bf16": (mk.attention, tuple(t.bfloat16() for t in qkv()), dict(causal=True), 3, 0),
@@ -45,16 +46,16 @@ OPS = {  # op, arguments, options, how many of the first arguments have a gradie
     "merge_attention": (mk.merge_attention, (randn(2, 4, 8, 16), randn(2, 4, 8)) * 2, {}, 4, 0),
     "cross_entropy": (mk.cross_entropy, (randn(30, 37), labels(30)), {}, 1, 0),
     "cross_entropy, bf16": (mk.cross_entropy, (randn(30, 37).bfloat16(), labels(30)), {}, 1, 0),
-    "cross_entropy, none": (mk.cross_entropy, (randn(30, 37), labels(30)), dict(reduction="none", weight=rand(37), z_loss=0.1), 1, 0),
+    "cross_entropy, none": (mk.cross_entropy, (randn(30, 37), labels(30)), dict(reduction="none", weight=W64, z_loss=0.1), 1, 0),
     "cross_entropy, probabilities": (mk.cross_entropy, (randn(30, 37), randn(30, 37).softmax(-1)), {}, 2, 0),
     "cross_entropy, positions": (mk.cross_entropy, (randn(2, 5, 6, 7), randint(5, (2, 6, 7))), dict(label_smoothing=0.1), 1, 0),
     "token_logprobs": (mk.token_logprobs, (randn(30, 37), labels(30)), {}, 1, 0),
     "linear_cross_entropy": (mk.linear_cross_entropy, LINEAR, {}, 2, 0),
     "linear_cross_entropy, none": (mk.linear_cross_entropy, LINEAR, NONE, 2, 0),
     "linear_token_logprobs": (mk.linear_token_logprobs, LINEAR, {}, 2, 0),
-    "bce_with_logits": (mk.bce_with_logits, (randn(4, 3, 8, 8), rand(4, 3, 8, 8)), dict(pos_weight=rand(3, 1, 1)), 1, 0),
+    "bce_with_logits": (mk.bce_with_logits, (randn(4, 3, 8, 8), rand(4, 3, 8, 8)), dict(pos_weight=W64[:3, None, None]), 1, 0),
     "bce_dice_loss": (mk.bce_dice_loss, (randn(4, 1, 8, 8), rand(4, 1, 8, 8) > 0.5), {}, 1, 0),
-    "bce_dice_loss, class map": (mk.bce_dice_loss, (randn(4, 3, 8, 8), randint(3, (4, 8, 8))), {}, 1, 0),
+    "bce_dice_loss, class map": (mk.bce_dice_loss, (randn(4, 3, 8, 8), randint(3, (4, 8, 8))), dict(pos_weight=W64[:3]), 1, 0),
     "sigmoid_focal_loss": (mk.sigmoid_focal_loss, (randn(4, 3, 8, 8), rand(4, 3, 8, 8).round()), dict(reduction="mean"), 1, 0),
     "box_iou": (mk.box_iou, (boxes(7), boxes(9)), {}, 2, 0),
     "generalized_box_iou": (mk.generalized_box_iou, (boxes(2, 7), boxes(2, 9)), {}, 2, 0),

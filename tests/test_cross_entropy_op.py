@@ -175,7 +175,7 @@ BAD = {
     "empty": (dict(empty="0"), ValueError, "empty must be one of nan, zero, got '0'"),
     "weight": (dict(weight=torch.ones(6)), ValueError, "weight must be (V=7,), got (6,)"),
     "weight dtype": (dict(weight=torch.ones(7).int()), TypeError, "weight must be float16, bfloat16, float32 or float64, got torch.int32"),
-    "weight grad": (dict(weight=torch.ones(7, requires_grad=True)), ValueError, "weight requires a gradient, and has none: detach it"),
+    "weight grad": (dict(weight=torch.ones(7, requires_grad=True)), ValueError, "weight requires a gradient, and there is none for it"),
     "weight device": (dict(weight=torch.ones(7, device="meta")), TypeError, "weight is on meta, but input is on cpu"),
     "smoothing": (dict(label_smoothing=1.5), ValueError, "label_smoothing must be 0 to 1, got 1.5"),
     "softcap": (dict(softcap=0.0), ValueError, "softcap must be positive, got 0.0"),
@@ -202,6 +202,12 @@ def test_bad_input(change, error, message, grad, library):
     if error is IndexError and "input" not in change:
         with pytest.raises(error, match=re.escape(message)):
             reference.fwd(X, change["target"], None, *Options(), "mean", False, False)
+
+
+def test_a_weight_may_require_a_gradient_where_nothing_has_one(library):
+    x, weight = torch.randn(4, 7), torch.rand(7, requires_grad=True)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(x, Y, weight), F.cross_entropy(x, Y, weight))
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,12 @@ def check_tensor(name: str, t):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
-def check_floats(name: str, t):
+def check_floats(name: str, t, converted: bool = False):
+    """converted: to the dtype of the arithmetic, wherever t is."""
     check_tensor(name, t)
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {t.dtype}")
-    if t.dtype == torch.float64 and t.device.type != "cpu":
+    if t.dtype == torch.float64 and t.device.type != "cpu" and not converted:
         raise TypeError(f"float64 runs on the CPU only, got {name} on {t.device}")
 
 

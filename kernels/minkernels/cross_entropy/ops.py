@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minkernels._checks import FLOATS, check_floats, check_int, check_number, check_reduction, check_tensor
+from minkernels._checks import FLOATS, check_constant, check_floats, check_int, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._options import (
@@ -175,13 +175,10 @@ def check_empty(empty):
 
 
 def check_weight(weight, input, V):
-    check_floats("weight", weight)
+    check_floats("weight", weight, converted=True)
     if weight.shape != (V,):
         raise ValueError(f"weight must be (V={V},), got {tuple(weight.shape)}")
-    if weight.device != input.device:
-        raise TypeError(f"weight is on {weight.device}, but input is on {input.device}")
-    if weight.requires_grad:
-        raise ValueError("weight requires a gradient, and has none: detach it")
+    check_constant("weight", weight, "input", input)
 
 
 def _check(input, weight, group):

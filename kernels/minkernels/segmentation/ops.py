@@ -177,7 +177,7 @@ def _check_class_map(input, target):
 
 
 def _check_weights(input, name, t):
-    check_floats(name, t)
+    check_floats(name, t, converted=True)
     check_constant(name, t, "input", input)
 
 

@@ -294,6 +294,13 @@ def test_export(reduction, library):
     assert counter.frame_count == 1
 
 
+def test_meta_tensors():
+    """No autocast knows their device."""
+    input, weight, target = torch.zeros(6, 8, device="meta", requires_grad=True), torch.zeros(9, 8), torch.zeros(6, dtype=torch.int64)
+    loss = linear_cross_entropy(input, weight.to("meta"), target.to("meta"))
+    assert loss.shape == () and torch.autograd.grad(loss, input)[0].shape == (6, 8)
+
+
 def test_functional_transforms(library):
     (input, weight, _), target = make(6, 8, 9, ())
     expected = grads_of(lambda w: F.cross_entropy(input @ w.T, target), [weight], torch.ones(()))[0]

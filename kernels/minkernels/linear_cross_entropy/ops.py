@@ -139,7 +139,7 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
     if weight is not None:
         check_weight(weight, input, classes_in_all(len(linear_weight), group))
     device = input.device.type
-    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
         input, linear_weight, linear_bias = (t if t is None else t.to(low) for t in (input, linear_weight, linear_bias))
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):

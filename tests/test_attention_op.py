@@ -98,6 +98,20 @@ def test_autocast():
         assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
 
 
+def test_saved_tensors_come_back_with_other_strides(library):
+    """What a hook moved away and back, say."""
+
+    def turned(t):
+        return t.mT.contiguous().mT if t.dim() > 1 else t
+
+    q, k, v = make(2, 4, 2, 20, 30, 8, 8)
+    q.requires_grad_()
+    expected = torch.autograd.grad(attention(q, k, v).sin().sum(), q)[0]
+    with torch.autograd.graph.saved_tensors_hooks(turned, turned):
+        loss = attention(q, k, v).sin().sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, q)[0], expected)
+
+
 def test_selective_checkpoint(library):
     """The op can be named in a policy: saved, it is not run a second time."""
     calls, original = [], torch.ops.minkernels.attention_fwd.default

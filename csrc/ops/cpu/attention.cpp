@@ -329,6 +329,7 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor d
   using torch::stable::empty_like, torch::stable::new_empty;
   Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
             left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
+  if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);  // what autograd saved, a hook may have laid out anew
   Attention a = arguments(q, k, v, o, lse, x);
   Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v), dsinks = sinks ? empty_like(*sinks) : new_empty(q, {0});
   a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);

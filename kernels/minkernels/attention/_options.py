@@ -63,10 +63,10 @@ def merge_like(*tensors):
     return tuple(torch.empty_like(t) if t.dim() == 4 else t.new_empty(t.shape) for t in tensors)
 
 
-def row_deltas(do, o, dlse, dtype):
-    """delta of each query, in dtype: do . o - dlse."""
+def row_deltas(do, o, dlse, lse, dtype):
+    """delta of each query, in dtype: do . o - dlse; 0 of one that sees no key, whatever comes from above."""
     delta = (do.to(dtype) * o).sum(-1)
-    return delta if dlse is None else delta - dlse
+    return (delta if dlse is None else delta - dlse).masked_fill(lse == float("-inf"), 0.0)
 
 
 def sinks_grad(delta, lse, sinks):

@@ -124,7 +124,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
         if shared:
             _dbias(dbias, do, q, k, v, *kept, x, strides, numbers)
     if x.sinks is not None:
-        deltas = row_deltas(do, o, dlse, x.sinks.dtype) if pad else delta[:, :, :rows]  # of packed sequences they lie apart
+        deltas = row_deltas(do, o, dlse, lse, x.sinks.dtype) if pad else delta[:, :, :rows]  # of packed sequences they lie apart
         dsinks.copy_(sinks_grad(deltas, lse, x.sinks))
     return dq, dk, dv, dbias, dsinks
 

@@ -90,7 +90,8 @@ def _dq_kernel(
     if DLSE is not None:
         delta -= tl.load(DLSE + at_lse, mask=mask_m, other=0.0).to(tl.float32)
     lse = tl.load(LSE + at_lse, mask=mask_m, other=-INF)
-    lse = tl.where(lse == -INF, 2.0**127, lse * LOG2E)  # a query that sees no key: p = 0
+    delta = tl.where(lse == -INF, 0.0, delta)  # a query that sees no key: p = 0, and so is ds, whatever comes from above
+    lse = tl.where(lse == -INF, 2.0**127, lse * LOG2E)
     lse2, stats = lse.to(tl.float32), (batch * H + h) * stats_stride + first_m + b * pad + offs_m
     rest = None
     if Rest is not None:

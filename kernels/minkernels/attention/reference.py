@@ -21,7 +21,7 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     s, slope, p_drop = _scores(q, k_, x)
     p, _ = _probs(s, x)
     do_, o_, q_, k_, v_ = (t.to(p.dtype) for t in (do, o, q, k_, v_))
-    delta = row_deltas(do_, o_, dlse, p.dtype)  # do . o equals (p * dp).sum(-1), without the M x N dp
+    delta = row_deltas(do_, o_, dlse, lse, p.dtype)  # do . o equals (p * dp).sum(-1), without the M x N dp
     ds = p * (p_drop * (do_ @ v_.mT) - delta[..., None])
     grads = grads_like(q, k, v, x.bias, x.sinks, bias_grad)
     if bias_grad:

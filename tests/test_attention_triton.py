@@ -171,6 +171,13 @@ def test_wrong_lengths_read_nothing_out_of_bounds(monkeypatch):
         assert not any(t.isnan().any() for t in (o, lse, *grads))
 
 
+@pytest.mark.parametrize("lengths, longest", [([], 5), ([5], 0), ([2, 3], 2)], ids=str)
+def test_lengths_that_cannot_fit_are_named(lengths, longest):
+    q, cu = move(tuple(make(1, 1, 1, 5, 5, 16, 16)), DEVICE)[0], packed(lengths).to(DEVICE)
+    with pytest.raises(ValueError, match=f"cu_seqlens_q must end at 5, .* {len(lengths)} sequences of up to max_seqlen_q={longest}$"):
+        _triton.fwd(q, q, q, *Options(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=5))
+
+
 def test_mask_of_any_stride():
     q, k, v = make(2, 1, 1, 40, 50, 16, 16, torch.float16)
     key_mask, mask, bias = holes(2, 50), torch.rand(2, 1, 40, 50) > 0.5, torch.randn(1, 1, 40, 50)

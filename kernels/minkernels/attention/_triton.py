@@ -154,7 +154,12 @@ def _sizes(q, k, x):
     """How many sequences, and the queries and keys of the longest."""
     if x.cu_seqlens_q is None:
         return q.shape[0], q.shape[2], k.shape[2]
-    return x.cu_seqlens_q.numel() - 1, min(x.max_seqlen_q, q.shape[2]), min(x.max_seqlen_k, k.shape[2])
+    sequences = x.cu_seqlens_q.numel() - 1
+    for name, t, longest in (("q", q, x.max_seqlen_q), ("k", k, x.max_seqlen_k)):
+        if sequences * longest < t.shape[2]:  # kernels assert the rest, but of no sequences, or of length 0, none runs
+            held = f"{sequences} sequences of up to max_seqlen_{name}={longest}"
+            raise ValueError(f"cu_seqlens_{name} must end at {t.shape[2]}, the length of {name}, and cannot: it holds {held}")
+    return sequences, min(x.max_seqlen_q, q.shape[2]), min(x.max_seqlen_k, k.shape[2])
 
 
 def _extent(q, k, x, heads, read, also):

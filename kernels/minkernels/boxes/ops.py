@@ -42,8 +42,8 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, *, fmt: str = "xyxy") -> Tensor:
     other. An inverted box (x2 < x1 or y2 < y1) intersects nothing, but the product of its sides, which may be negative, counts as its
     area, as in torchvision: its IoUs are 0, or -0.
     Differentiable on both sides. Where two edges meet exactly, each has half of the gradient of their maximum or minimum, as in
-    PyTorch. A pair whose upstream gradient is 0 adds nothing to any gradient, whatever it holds. Second derivatives raise. The
-    backward sums in float64 and keeps up to 16 such sums for each coordinate of each box.
+    PyTorch. A pair whose upstream gradient is 0 adds nothing to any gradient, whatever it holds. Second derivatives raise. On a
+    CPU the backward sums in float64 and keeps up to 16 such sums for each coordinate of each box; on a GPU in float32.
     Source: torchvision.ops.box_iou.
     """
     return _pairs(boxes1, boxes2, "iou", fmt, 0.0)
@@ -89,7 +89,8 @@ def iou_match(boxes: Tensor, gts: Tensor, *, fmt: str = "xyxy") -> IoUMatch:
         index wins. A pair whose IoU is NaN is no match. What has no match (the other side is empty, or all its pairs are NaN) has IoU
         0 and index -1; an IoU of 0 with something that is there is a match, as in argmax. The values are those of box_iou, bit for bit.
     Raises: as box_iou.
-    Has no gradient: gather by the indices and use iou_loss. Extra memory: O(N + G), up to 64 partial results for each ground truth.
+    Has no gradient: gather by the indices and use iou_loss. Extra memory: O(N + G), on a CPU up to 64 partial results of each ground
+    truth.
     Source: the assigners of Faster R-CNN, Ren et al. 2015, arXiv:1506.01497, section 3.1.2.
     """
     boxes, gts = _two_sets("boxes", boxes, "gts", gts, fmt)
@@ -110,7 +111,7 @@ def iou_loss(
         eps: at least 0; added to the union, the area of the hull, the squared diagonal, and the denominator of alpha (where torchvision's
             complete_box_iou_loss takes 1e-7 whatever eps is). With 0, a quotient of 0 / 0 is 0.
     Returns: (...,) for "none", else a scalar; float64 for float64 boxes, else float32. Gradients have the dtype of the boxes and are
-        contiguous; sums of losses are float64 inside.
+        contiguous; sums of losses are float64 inside, on a GPU float32.
     Raises: ValueError for shapes, values or names that do not fit; TypeError for unsupported or mixed dtypes and mixed devices.
     alpha of CIoU has no gradient. Inverted boxes: their signed area counts, and they intersect nothing. A NaN makes the loss and the
     gradient of its own pair NaN; a pair whose upstream gradient is 0 has gradient 0, whatever it holds. Second derivatives raise.

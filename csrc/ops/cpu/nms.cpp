@@ -107,9 +107,9 @@ static Tensor nms(Tensor boxes, Tensor scores, Maybe idxs, double iou_threshold)
   Nms a = arguments(boxes, scores, idxs, iou_threshold, boxes.size(0));
   Image x;
   size_t bytes = carve(a, nullptr, x);
-  Workspace memory(bytes + a.N * sizeof(int64_t));
+  Workspace memory(bytes);
   carve(a, memory.get(), x);
-  Results out{(int64_t*)(memory.get() + bytes)};
+  Results out{(int64_t*)x.pairs};  // of which nothing is left once the boxes are in their order
   int64_t count = run_image(a, kernels_at[level()], 0, x, true, out);
   Tensor kept = torch::stable::new_empty(scores, {count}, torch::headeronly::ScalarType::Long);
   std::copy(out.indices, out.indices + count, (int64_t*)kept.data_ptr());

@@ -148,9 +148,19 @@ static void place_boxes(const Nms& a, const T* boxes, const int64_t* classes, Im
   x.tasks[x.n_tasks] = uint32_t(x.n_segments);
 }
 
+// What the sort and the boxes' order then read and write here and there, fetched in the order of memory, which is several times as fast.
+INLINE void fetch_all(const void* p, int64_t bytes) {
+  if (bytes >= 1 << 13 && bytes <= 1 << 20)  // what is shorter is there as soon
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
+
 static void prepare(const Nms& a, int64_t image, Image& x) {
   const int64_t* classes = a.classes ? a.classes + image * a.class_image : nullptr;
   int64_t box = image * a.box_image, score = image * a.score_image;
+  int64_t item = a.box_type == Dtype::f64 ? 8 : a.box_type == Dtype::f32 ? 4 : 2;
+  fetch_all(x.pairs, a.N * 8), fetch_all(x.spare, a.N * 8);
+  if (classes) fetch_all(classes, a.N * a.class_ * 8);
+  fetch_all(a.boxes + box * item, a.N * a.box * item);
   uint8_t* whole = x.keep;  // not yet of use
   if (a.drop) switch (a.box_type) {
       case Dtype::f16: find_whole(a, (const half*)a.boxes + box, whole); break;

@@ -96,6 +96,7 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert attention(q, k, v).dtype == F.scaled_dot_product_attention(q, k, v).dtype == torch.bfloat16
         assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
+        assert attention(*(t.to("meta") for t in (q, k, v))).dtype == torch.float32, "no autocast knows the device of meta tensors"
 
 
 def test_saved_tensors_come_back_with_other_strides(library):

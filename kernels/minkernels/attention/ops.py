@@ -106,8 +106,10 @@ def attention_varlen(
 
 
 def _attend(q, k, v, return_lse, options):
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:  # the first is faster
-        q, k, v = (t.to(torch.get_autocast_dtype(q.device.type)) for t in (q, k, v))
+    if torch._C._is_any_autocast_enabled() and q.dtype != torch.float64:  # faster than to ask for the device's
+        device = q.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # none is for meta tensors
+            q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
     args = traceable(q, k, v, *options)
     o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
     return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o

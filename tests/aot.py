@@ -27,7 +27,7 @@ ALL_TARGETS = TARGETS | MORE_TARGETS
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-class _Driver:
+class Driver:
     """All that a JITFunction asks of a driver in order to compile."""
 
     def __init__(self, target):
@@ -52,7 +52,7 @@ def compiling_for(target):
         assert "enable_fp_fusion" in kwargs, f"{self.__name__}: not said whether products and sums may be fused, and the default changes"
         kernels.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
-    driver.set_active(_Driver(target))
+    driver.set_active(Driver(target))
     JITFunction.run = compile_only
     torch.version.hip = "6" if target.backend == "hip" else None  # launchers ask it
     try:

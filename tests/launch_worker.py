@@ -14,10 +14,10 @@ lib = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import empty, ones, zeros  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.driver import CudaLauncher, CudaUtils  # noqa: E402
 from triton.runtime import JITFunction, driver  # noqa: E402
 
+import aot  # noqa: E402
 from minkernels._triton_launch import Kernel  # noqa: E402
 from minkernels.attention import _triton as attention  # noqa: E402
 from minkernels.attention import _triton_merge as merge  # noqa: E402
@@ -36,20 +36,12 @@ class Launch(ctypes.Structure):
     _fields_ = [("name", ctypes.c_char * 64), ("sizes", ctypes.c_uint32 * 7)]  # grid, block, shared memory
 
 
-class Driver:
-    """What a launch asks of Triton's driver, which would ask PyTorch."""
+class Driver(aot.Driver):
+    """For launches too: Triton's own utilities and launcher."""
 
     def __init__(self):
+        super().__init__(aot.TARGETS["sm_90"][0])
         self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def launches():

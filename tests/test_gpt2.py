@@ -95,6 +95,7 @@ def test_tokens_are_those_of_transformers(tmp_path):
     for text in (LINE, " It's 42\u00a0degrees,  isn't it?\n\n", "\U0001f600 Å"):
         assert tokens.BPE.read(tmp_path).encode(text).tolist() == theirs(text)["input_ids"]
 
+
 def test_what_a_training_left_in_a_tokenizer_cuts_and_pads_no_prompt(tmp_path):
     pytest.importorskip("tokenizers")
     bpe = tokenizer_of(tmp_path, "tokenizer.json")
@@ -103,7 +104,6 @@ def test_what_a_training_left_in_a_tokenizer_cuts_and_pads_no_prompt(tmp_path):
     bpe.enable_padding(length=50)
     bpe.save(str(tmp_path / "tokenizer.json"))
     assert tokens.BPE.read(tmp_path).encode(LINE).tolist() == ids
-
 
 
 BAD_FOLDERS = {

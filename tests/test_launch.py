@@ -46,7 +46,7 @@ def asked(monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(_kernel, "forms", {})
-    driver.set_active(aot._Driver(aot.TARGETS["sm_90"][0]))
+    driver.set_active(aot.Driver(aot.TARGETS["sm_90"][0]))
     yield compiled
     driver.set_active(None)
 
@@ -84,7 +84,7 @@ def test_what_may_compile_otherwise_is_asked_for(change, asked):
 
 def test_devices_do_not_share(asked):
     call(torch.zeros(8))
-    driver.set_active(aot._Driver(aot.TARGETS["sm_80"][0]))
+    driver.set_active(aot.Driver(aot.TARGETS["sm_80"][0]))
     call(torch.zeros(8))
     assert len(asked) == 2
 

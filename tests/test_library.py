@@ -69,6 +69,7 @@ def test_info_names_what_serves_each_op(library):
     printed = python("import runpy; runpy.run_module('minkernels', run_name='__main__')")
     assert printed.stdout.strip() == str(info).strip(), printed.stderr
 
+
 def test_triton_under_the_name_that_nightly_builds_give_it(monkeypatch):
     version = importlib.metadata.version
 
@@ -82,7 +83,6 @@ def test_triton_under_the_name_that_nightly_builds_give_it(monkeypatch):
         monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda found=found: found)
         info = minkernels.info()
         assert info.triton == there and bool(info.missing) == (there is None)
-
 
 
 def test_a_lower_level_is_reported(library, monkeypatch):

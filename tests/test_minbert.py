@@ -263,6 +263,7 @@ def test_fill_leaves_the_rest_of_the_text_as_it_was(tmp_path):
     one, two = (word.removeprefix("##") for [(word, _)] in words)
     assert text == f"\nThe 😀  Zürich §x ({one}), DOG don't{two}?\n"
 
+
 def test_fill_names_only_words_of_the_tokenizer(tmp_path):
     """A vocabulary filled up to a multiple of something: beyond its tokens there may be anything."""
     V = len(WORDS) + 7
@@ -270,7 +271,6 @@ def test_fill_names_only_words_of_the_tokenizer(tmp_path):
     text, [words] = fill(str(tmp_path), "the [MASK] runs", top=99)
     assert sorted(word for word, _ in words) == sorted(WORDS[5:]) and text == f"the {words[0][0]} runs"
     assert sum(p for _, p in words) == pytest.approx(1)
-
 
 
 @pytest.mark.parametrize(("head", "kept"), bert_folder.TIED.items())

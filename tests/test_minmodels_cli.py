@@ -143,6 +143,7 @@ def test_a_terminal_that_cannot_show_what_is_written():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "? ?!\n", "")
 
+
 def test_a_name_that_is_too_long_where_there_is_no_output(book, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", None)  # as after >&-
     assert tiny(book, tmp_path / ("a" * 300)) == 2
@@ -157,7 +158,6 @@ def test_a_text_from_a_pipe(book, tmp_path):
         pipe.write(f.read())
     assert tiny(f"/dev/fd/{reader}", tmp_path / "run", "--steps", 1) == 0
     os.close(reader)
-
 
 
 def test_a_path_is_printed_as_it_is(capsys):

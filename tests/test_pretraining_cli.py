@@ -256,12 +256,12 @@ def test_a_text_of_one_document_is_no_matter_for_a_task(tmp_path, task):
     with pytest.raises(UserError, match=rf"x\.txt is too short for the task '{task}': .* it has 1 to learn from and 1 held out"):
         tasks.load(task, "", str(tmp_path / "x.txt"))
 
+
 def test_a_text_without_sentences_is_enough_for_the_next_token(tmp_path, capsys):
     (tmp_path / "x.txt").write_text("the fox runs and the dog sleeps " * 200)
     assert pretrain("gpt1", tmp_path / "x.txt", tmp_path / "run", "--block-size", 32) == 0
     assert pretrain("minbert", tmp_path / "x.txt", tmp_path / "other", "--block-size", 32) == 2
     assert "x.txt is too short: a document must have a sentence that follows another" in capsys.readouterr().err
-
 
 
 def test_documents_that_are_alike_have_no_other_topic(tmp_path):

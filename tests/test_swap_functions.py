@@ -75,6 +75,13 @@ def test_sdpa_dropout_and_layout():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_sdpa_of_two_dtypes_on_meta():
+    """Theirs, whose error it is: no autocast knows that device."""
+    q = torch.randn(1, 2, 5, 8, device="meta")
+    with minkernels.swapped(), torch.autocast("cpu"), pytest.raises(RuntimeError, match="to have the same dtype"):
+        sdpa(q, q.bfloat16(), q)
+
+
 def test_keys_hidden_from_all_are_a_key_mask():
     q, mask = torch.randn(2, 3, 5, 8), torch.tensor([[True, True, False, False, False], [False] * 5])[:, None, None]
     with Ops() as ops, minkernels.swapped():

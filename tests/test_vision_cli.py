@@ -111,6 +111,7 @@ def test_minyolo_learns_and_detects(tmp_path, capsys):
         assert abs((x2 - x1) / width - w) < 0.15 and abs((y2 - y1) / height - h) < 0.15
     assert run("detect", one, "--checkpoint", out, "--out", found, "--score", 1) == 0 and capsys.readouterr().out == "3: nothing\n"
 
+
 def test_a_class_that_no_held_out_image_has_is_given_no_curve(tmp_path, monkeypatch):
     folder, drawn = shapes(tmp_path / "data"), []
     lines = (folder / "labels" / "4.txt").read_text().splitlines()
@@ -118,7 +119,6 @@ def test_a_class_that_no_held_out_image_has_is_given_no_curve(tmp_path, monkeypa
     monkeypatch.setattr(yolo, "precision_recall_figure", lambda curves, title: drawn.append(list(curves)) or Figure())
     assert tiny("yolo", ("--yolo", folder), tmp_path / "run", "--steps", 40, "--eval-every", 40, "--lr", 0.02) == 0
     assert drawn == [["square"]]
-
 
 
 @pytest.mark.parametrize("model", TINY)

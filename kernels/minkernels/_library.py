@@ -97,6 +97,16 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast casts to on t's device, where it is on."""
+    if not torch._C._is_any_autocast_enabled():  # faster than to ask for the device's
+        return None
+    device = t.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # none is for meta tensors
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def traceable(*args):
     """args; in a graph of a functorch transform, with views for its tensors: of what such a transform is given itself, torch.compile says
     that it requires no gradient, and needs_grad() would believe it."""

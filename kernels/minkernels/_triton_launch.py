@@ -1,5 +1,5 @@
-"""Launches of Triton kernels. triton.jit finds out at every launch which of its compilations the arguments call for, which for 45 of them
-takes longer than many a kernel runs. Here it is asked once, and remembered."""
+"""Launches of Triton kernels. triton.jit finds out at every launch which of its compilations the arguments call for, which takes the host
+several times as long as to pass them on (docs/tuning.md). Here it is asked once, and remembered."""
 
 import functools
 

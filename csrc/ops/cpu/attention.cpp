@@ -179,7 +179,7 @@ static std::vector<int32_t> in_order(const Attention& a) {
 
 // The rows that a key head is made from; none if they would push the operands of another one out of the cache.
 static Ahead reads(const Attention& a, const Sequence& s, int64_t kv_head, bool backward) {
-  const int64_t size = a.dtype == Dtype::f64 ? 8 : a.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t size = bytes_of(a.dtype);
   Ahead ahead;
   int64_t bytes = 0;
   const auto add = [&](const View& x, int64_t h, int64_t row0, int64_t rows, int64_t d) {

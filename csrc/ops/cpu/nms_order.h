@@ -157,7 +157,7 @@ INLINE void fetch_all(const void* p, int64_t bytes) {
 static void prepare(const Nms& a, int64_t image, Image& x) {
   const int64_t* classes = a.classes ? a.classes + image * a.class_image : nullptr;
   int64_t box = image * a.box_image, score = image * a.score_image;
-  int64_t item = a.box_type == Dtype::f64 ? 8 : a.box_type == Dtype::f32 ? 4 : 2;
+  int64_t item = bytes_of(a.box_type);
   fetch_all(x.pairs, a.N * 8), fetch_all(x.spare, a.N * 8);
   if (classes) fetch_all(classes, a.N * a.class_ * 8);
   fetch_all(a.boxes + box * item, a.N * a.box * item);

@@ -9,6 +9,7 @@
 namespace minkernels {
 
 enum class Dtype { f16, bf16, f32, f64 };  // the order of the tables of kernels
+static constexpr int64_t bytes_of(Dtype t) { return t == Dtype::f64 ? 8 : t == Dtype::f32 ? 4 : 2; }
 
 // Storage types; the arithmetic is float's, or double's for double.
 struct half {

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import FLOATS, check_int, check_number, check_tensor
-from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
+from minkernels._library import apply, autocast_dtype, define, needs_grad, once_differentiable, traceable
 from minkernels.attention import reference
 from minkernels.attention._options import SCHEMA, Options, grads_like, like, lse_like
 
@@ -106,10 +106,9 @@ def attention_varlen(
 
 
 def _attend(q, k, v, return_lse, options):
-    if torch._C._is_any_autocast_enabled() and q.dtype != torch.float64:  # faster than to ask for the device's
-        device = q.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # none is for meta tensors
-            q, k, v = (t.to(torch.get_autocast_dtype(device)) for t in (q, k, v))
+    low = autocast_dtype(q)
+    if low is not None and q.dtype != torch.float64:
+        q, k, v = (t.to(low) for t in (q, k, v))
     args = traceable(q, k, v, *options)
     o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
     return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o

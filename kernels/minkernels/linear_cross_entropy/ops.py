@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import check_floats, check_int, check_reduction
-from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
+from minkernels._library import apply, autocast_dtype, define, needs_grad, once_differentiable, traceable
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
@@ -138,9 +138,8 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
             raise ValueError(f"linear_bias must be {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
     if weight is not None:
         check_weight(weight, input, classes_in_all(len(linear_weight), group))
-    device = input.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-        low = torch.get_autocast_dtype(device)
+    low = autocast_dtype(input)
+    if low is not None and input.dtype != torch.float64:
         input, linear_weight, linear_bias = (t if t is None else t.to(low) for t in (input, linear_weight, linear_bias))
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and (t.dtype != input.dtype or t.device != input.device):

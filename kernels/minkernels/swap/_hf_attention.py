@@ -16,6 +16,7 @@ import weakref
 
 import torch
 
+from minkernels._library import autocast_dtype
 from minkernels.attention.ops import attention
 
 NAME = "minkernels"
@@ -179,9 +180,9 @@ def attend(
             return out.transpose(1, 2).contiguous(), None
         except (TypeError, ValueError):  # what it does not take: a head of 300, dropout of 1, q and v of two dtypes
             pass
-    mixed = not query.dtype == key.dtype == value.dtype
-    if mixed and torch.is_autocast_enabled(query.device.type):  # q and k were rotated in fp32; matrix products cast
-        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
+    low = autocast_dtype(query)
+    if low is not None and not query.dtype == key.dtype == value.dtype:  # q and k were rotated in fp32; matrix products cast
+        query, key, value = (t.to(low) for t in (query, key, value))
         return attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, sliding_window, softcap, s_aux, position_bias, **kwargs
         )

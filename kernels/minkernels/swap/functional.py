@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from minkernels._checks import FLOATS
+from minkernels._library import autocast_dtype
 from minkernels.attention.ops import MAX_HEAD_DIM, attention
 from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
 from minkernels.nms.ops import nms as our_nms
@@ -173,7 +174,7 @@ def _plain(*tensors) -> bool:
 def _of_other_kinds(query, key, value, attn_mask, *options) -> Tensor | None:
     """Dtypes that autocast makes one; fewer or more than four dimensions."""
     lead, mixed = query.shape[:-3], not query.dtype == key.dtype == value.dtype
-    if mixed and torch.is_autocast_enabled(query.device.type):
+    if mixed and autocast_dtype(query) is not None:
         return scaled_dot_product_attention(*_autocast(query, key, value), attn_mask, *options)
     if mixed or query.dim() < 3 or query.dim() == 4 or key.shape[:-3] != lead or value.shape[:-3] != lead:
         return None
@@ -194,8 +195,8 @@ def _four(t, lead):
 
 def _autocast(*tensors):
     """Of several dtypes, which is an error without autocast."""
-    device = tensors[0].device.type
-    return (t.to(torch.get_autocast_dtype(device)) for t in tensors) if torch.is_autocast_enabled(device) else tensors
+    low = autocast_dtype(tensors[0])
+    return tensors if low is None else (t.to(low) for t in tensors)
 
 
 def _hides(mask, *shapes) -> bool:

@@ -269,13 +269,13 @@ def test_nms(target, classes, dtype, tmp_path):
     ids = torch.zeros(2, nms.TILE + 1, dtype=torch.int64) if classes else None
     with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
         nms.nms_padded(boxes, scores, ids, 0.5, 0.1, 300, True)
-    names = ["_rank_kernel", "_resolve_kernel", "_push_kernel", "_resolve_kernel", "_suppressor_kernel"]
+    names = ["_rank_kernel", "_bits_kernel", "_resolve_kernel", "_push_kernel", "_resolve_kernel", "_suppressor_kernel"]
     check(kernels, target, tmp_path, dtype, names)
     assert len(names) == nms.launches(nms.TILE + 1, True)
     for kernel in kernels:
         if "ptx" in kernel.asm:
             assert not re.search(r"\bfma\.", kernel.asm["ptx"]), f"{kernel.metadata.name} contracts"
-            assert ("div.rn.f32" in kernel.asm["ptx"]) == (kernel.metadata.name in ("_resolve_kernel", "_push_kernel"))
+            assert ("div.rn.f32" in kernel.asm["ptx"]) == (kernel.metadata.name in ("_bits_kernel", "_push_kernel"))
             assert not re.search(r"div\.(full|approx)", kernel.asm["ptx"])
 
 

@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 @pytest.fixture
 def small(monkeypatch):
     """Small tiles, so that small inputs take every path."""
-    for name, size in (("TILE", 16), ("ROWS", 8), ("COLUMNS", 32)):
+    for name, size in (("TILE", 64), ("AHEAD", 2), ("WORDS", 1), ("COLUMNS", 32), ("ROWS", 8)):
         monkeypatch.setattr(_triton, name, size)
 
 
@@ -33,7 +33,7 @@ def check(case, what=""):
         assert torch.equal(a.cpu(), e), f"{what}: {name} of images {(a.cpu() != e).nonzero()[:, 0].unique()[:5].tolist()} ... differ"
 
 
-@pytest.mark.parametrize("N", [1, 7, 16, 17, 40])
+@pytest.mark.parametrize("N", [1, 7, 64, 65, 130])
 def test_fuzz(N, small):
     """500 cases."""
     for i in range(4):
@@ -44,14 +44,14 @@ def test_fuzz(N, small):
 
 @pytest.mark.parametrize("max_output", [3, 60])
 def test_tiles_as_they_are(max_output):
-    """Two tiles of 512, whose boxes come from clusters, and one that is not full."""
-    boxes, scores, class_ids = (t[None] for t in clusters(600, 3))
+    """Two tiles of 1024, whose boxes come from clusters; the second is not full."""
+    boxes, scores, class_ids = (t[None] for t in clusters(1200, 3))
     check((boxes, (scores * 50).round(), class_ids, 0.5, None, max_output))
 
 
 def test_chain(small):
     """Box i suppresses i + 1 alone: as many rounds as there are rows, and through every tile."""
-    N, left = 70, torch.arange(70.0)
+    N, left = 150, torch.arange(150.0)
     boxes = torch.stack([left, torch.zeros(N), left + 1.8, torch.ones(N)], 1)
     check((boxes[None], (1 - left / N)[None], None, 0.25, None, N))
 
@@ -79,13 +79,13 @@ def test_nothing():
 def test_launches(small, monkeypatch):
     """As many as launches() says, whatever the data."""
     counted = []
-    for name in ("_rank_kernel", "_resolve_kernel", "_push_kernel", "_suppressor_kernel"):
+    for name in ("_rank_kernel", "_bits_kernel", "_resolve_kernel", "_push_kernel", "_suppressor_kernel"):
         kernel = getattr(_triton, name)
         proxy = type("Counted", (), {"__getitem__": lambda self, grid, k=kernel, n=name: counted.append(n) or k[grid]})()
         monkeypatch.setattr(_triton, name, proxy)
-    for N in (5, 16, 17, 40):
+    for N in (5, 64, 65, 130):
         boxes, scores, _ = (t[None].to(DEVICE) for t in uniform(N))
         for wanted in (False, True):
             counted.clear()
             _triton.nms_padded(boxes, scores, None, 0.5, None, 2, wanted)
-            assert len(counted) == _triton.launches(N, wanted) and counted.count("_resolve_kernel") == -(-N // 16)
+            assert len(counted) == _triton.launches(N, wanted) and counted.count("_resolve_kernel") == -(-N // 64)

@@ -1,7 +1,8 @@
-"""NMS on a GPU, in plain Triton: the boxes of an image by descending score, in tiles, two launches each and no wait in between.
+"""NMS on a GPU, in plain Triton: the boxes of an image by descending score, in tiles, with no wait in between.
 
-A tile's boxes are held against each other, then those that stay against all later tiles. Classes are compared, not sorted, so that the
-order of the results is the order of the work, and work ends where an image has its max_output boxes.
+The boxes of several tiles are first held against those of the same tile, a bit for each pair. Then tile follows tile, two launches each:
+one program decides what stays, for which it needs the bits alone, and many hold that against all later tiles. Classes are compared, not
+sorted, so that the order of the results is the order of the work, and work ends where an image has its max_output boxes.
 """
 
 import torch
@@ -12,10 +13,13 @@ from minkernels._triton_launch import cdiv, kernel
 from minkernels._triton_math import EXACT, image_and_block
 from minkernels.nms._common import CUT, FILTERED, KEPT, new_outputs, round_down
 
-TILE = 512  # boxes
-ROWS = 16  # of a tile that are held against the others at a time
-COLUMNS = 256  # later boxes that a program holds against the kept ones of a tile
-SIZES = ["N", "start", "max_output"]  # any value runs the same code: one compilation for all
+TILE = 1024  # boxes
+AHEAD = 8  # tiles whose bits are found at once
+WORDS = 8  # of 32 boxes of a tile, which a program holds COLUMNS boxes against
+COLUMNS = 64  # boxes of a program that holds them against others,
+ROWS = 16  # kept ones of a tile at a time
+BLOCK = 256  # boxes of a program that looks at each alone
+SIZES = ["N", "words", "width", "start", "ahead", "max_output"]  # any value runs the same code: one compilation for all
 
 UNDECIDED, DROPPED, STAYS = tl.constexpr(CUT), tl.constexpr(FILTERED), tl.constexpr(KEPT)  # State, where it is no rank
 NO_RANK = tl.constexpr(2**31 - 1)
@@ -34,7 +38,7 @@ def nms_padded(boxes, scores, class_ids, iou_threshold, score_threshold, max_out
 def launches(N, with_suppressor):
     """Kernels of this file that a call launches, beside PyTorch's sort and two fills: what the host knows, it launches."""
     tiles = cdiv(N, TILE)
-    return 0 if N == 0 else 1 + tiles + (tiles - 1) + int(with_suppressor)
+    return 0 if N == 0 else 1 + cdiv(tiles, AHEAD) + tiles + (tiles - 1) + int(with_suppressor)
 
 
 def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_output, with_suppressor):
@@ -46,34 +50,42 @@ def _greedy(boxes, scores, class_ids, iou_threshold, drop, score_threshold, max_
     order = scores.sort(dim=1, descending=True, stable=True).indices.contiguous()
     ranked, state = new((B, 5, N), dtype=torch.float32), new((B, N), dtype=torch.int32)  # x1, y1, x2, y2, area; by rank
     classes = None if class_ids is None else new((B, N), dtype=torch.int64)
+    words, width = cdiv(min(N, TILE), 32), min(N, AHEAD * TILE)
+    bits = new((B, words, width), dtype=torch.int32)  # of the boxes before one in its tile: those that would suppress it
     kept, last = new((B, TILE + 1), dtype=torch.int32), new(B, dtype=torch.int32)  # of a tile: how many, and their ranks
-    threshold, columns = round_down(iou_threshold), cdiv(N, COLUMNS)
-    shared = dict(Ranked=ranked, Classes=classes, State=state, Kept=kept, N=N, threshold=threshold, max_output=max_output)
-    shared |= dict(TILE=TILE, ROWS=ROWS, **EXACT)
+    threshold, blocks = round_down(iou_threshold), cdiv(N, BLOCK)
+    shared = dict(State=state, Counts=counts, N=N, max_output=max_output, TILE=TILE, **EXACT)
+    of_bits, pairs = dict(Bits=bits, words=words, width=width), dict(Ranked=ranked, Classes=classes, threshold=threshold, COLUMNS=COLUMNS)
     with torch.cuda.device_of(scores):
-        _rank_kernel[(B * columns,)](
+        _rank_kernel[(B * blocks,)](
             boxes, scores, class_ids, order, ranked, classes, state, boxes.stride(), scores.stride(),
             (0, 0) if class_ids is None else class_ids.stride(), N,
-            None if score_threshold is None else round_down(score_threshold), DROP=drop, COLUMNS=COLUMNS, num_warps=4, **EXACT,
+            None if score_threshold is None else round_down(score_threshold), DROP=drop, BLOCK=BLOCK, num_warps=4, **EXACT,
         )  # fmt: skip
         for start in range(0, N, TILE):
-            _resolve_kernel[(B,)](Order=order, Indices=indices, Counts=counts, Last=last, start=start, num_warps=8, **shared)
+            ahead = start % (AHEAD * TILE)
+            if ahead == 0:
+                grid = B * cdiv(min(width, N - start), COLUMNS), cdiv(words, WORDS)
+                _bits_kernel[grid](start=start, WORDS=WORDS, num_warps=8, **of_bits, **pairs, **shared)
+            _resolve_kernel[(B,)](
+                Order=order, Indices=indices, Kept=kept, Last=last, start=start, ahead=ahead, num_warps=16, **of_bits, **shared
+            )
             if start + TILE < N:
                 later = cdiv(N - start - TILE, COLUMNS)
-                _push_kernel[(B * later,)](Counts=counts, start=start + TILE, COLUMNS=COLUMNS, num_warps=8, **shared)
+                _push_kernel[(B * later,)](Kept=kept, start=start + TILE, ROWS=ROWS, num_warps=4, **pairs, **shared)
         if with_suppressor:
-            _suppressor_kernel[(B * columns,)](order, state, counts, last, suppressor, N, max_output, COLUMNS=COLUMNS, num_warps=4, **EXACT)
+            _suppressor_kernel[(B * blocks,)](order, state, counts, last, suppressor, N, max_output, BLOCK=BLOCK, num_warps=4, **EXACT)
     return indices, counts, suppressor
 
 
 @kernel(do_not_specialize=SIZES)
 def _rank_kernel(
     Boxes, Scores, ClassIds, Order, Ranked, Classes, State,
-    box_strides, score_strides, class_strides, N, score_threshold, DROP: tl.constexpr, COLUMNS: tl.constexpr,
+    box_strides, score_strides, class_strides, N, score_threshold, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Boxes by rank, in float32; the area of one that neither suppresses nor is suppressed is 0."""
-    b, block = image_and_block(N, COLUMNS)
-    rank = block * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = image_and_block(N, BLOCK)
+    rank = block * BLOCK + tl.arange(0, BLOCK)
     mask = rank < N
     i = tl.load(Order + b * N + rank, mask=mask, other=0)
     box = Boxes + b * box_strides[0] + i * box_strides[1]
@@ -132,44 +144,68 @@ def _overlaps(x1, y1, x2, y2, area, ids, x1_, y1_, x2_, y2_, area_, ids_, thresh
 
 
 @kernel(do_not_specialize=SIZES)
-def _resolve_kernel(
-    Ranked, Classes, Order, State, Indices, Counts, Kept, Last, N, start, threshold, max_output,
-    TILE: tl.constexpr, ROWS: tl.constexpr,
+def _bits_kernel(
+    Ranked, Classes, State, Counts, Bits, words, width, N, start, threshold, max_output,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Decides what is undecided in the tile from `start` on: one program an image. What stays goes to Indices, and to Kept for the push."""
+    """Holds COLUMNS of the `width` boxes from `start` on against 32 * WORDS of the same tile, unless those all come later."""
+    b, block = image_and_block(tl.minimum(width, N - start), COLUMNS)
+    place = block * COLUMNS + tl.arange(0, COLUMNS)
+    rank = start + place
+    mask = rank < N
+    first = start + block * COLUMNS // TILE * TILE + tl.program_id(1) * WORDS * 32
+    undecided = tl.load(State + b * N + rank, mask=mask, other=DROPPED) == UNDECIDED
+    if (first < start + block * COLUMNS + COLUMNS) & (tl.sum(undecided.to(tl.int32)) > 0) & (tl.load(Counts + b) < max_output):
+        x1, y1, x2, y2, area, ids = _load(Ranked, Classes, b, N, rank, mask)
+        bit = tl.arange(0, 32)
+        for i in range(WORDS):
+            word = tl.program_id(1) * WORDS + i
+            row = first + i * 32 + bit
+            r1, s1, r2, s2, row_area, row_ids = _load(Ranked, Classes, b, N, row, row < N)
+            hits = _overlaps(x1, y1, x2, y2, area, ids, r1, s1, r2, s2, row_area, row_ids, threshold, CLASSES=Classes is not None)
+            hits = (hits & (row[None, :] < rank[:, None])).to(tl.int32)
+            tl.store(Bits + (b * words + word) * width + place, tl.sum(hits << bit[None, :], axis=1), mask=mask & (word < words))
+
+
+@triton.jit
+def _packed(x):
+    """32 of x, 0 or 1, a word."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 32, 32)) << tl.arange(0, 32)[None, :], axis=1).to(tl.uint32, bitcast=True)
+
+
+@kernel(do_not_specialize=SIZES)
+def _resolve_kernel(
+    Bits, Order, State, Indices, Counts, Kept, Last, words, width, N, start, ahead, max_output, TILE: tl.constexpr
+):  # fmt: skip
+    """Decides what is undecided in the tile from `start` on, whose bits lie from `ahead` on: one program an image. What stays goes to
+    Indices, and to Kept for the push."""
     b = tl.program_id(0).to(tl.int64)
     count = tl.load(Counts + b).to(tl.int32)
     if count < max_output:
-        rank = start + tl.arange(0, TILE)
+        place, word = tl.arange(0, TILE), tl.arange(0, TILE // 32)
+        rank = start + place
         mask = rank < N
-        x1, y1, x2, y2, area, ids = _load(Ranked, Classes, b, N, rank, mask)
         state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
-        group = tl.arange(0, TILE // ROWS)[:, None]
-        for g in range(TILE // ROWS):
-            undecided = tl.reshape((state == UNDECIDED).to(tl.int32), (TILE // ROWS, ROWS))
-            rows = tl.sum(tl.where(group == g, undecided, 0), axis=0)
-            if tl.sum(rows) > 0:
-                row = start + g * ROWS + tl.arange(0, ROWS)
-                r1, s1, r2, s2, row_area, row_ids = _load(Ranked, Classes, b, N, row, row < N)
-                own = _overlaps(
-                    r1, s1, r2, s2, row_area, row_ids, r1, s1, r2, s2, row_area, row_ids, threshold, CLASSES=Classes is not None
-                )  # fmt: skip
-                own = (own & (row[:, None] < row[None, :])).to(tl.int32)
-                stays, changed = rows, 1
-                while changed > 0:  # each round decides one box more at least; the fixed point is the greedy answer
-                    before = stays
-                    stays = tl.where(tl.sum(own * before[:, None], axis=0) > 0, 0, rows)
-                    changed = tl.sum((stays != before).to(tl.int32))
-                hits = _overlaps(
-                    r1, s1, r2, s2, row_area, row_ids, x1, y1, x2, y2, area, ids, threshold, CLASSES=Classes is not None
-                )  # fmt: skip
-                hits = hits & (stays[:, None] > 0) & (row[:, None] < rank[None, :])
-                first = tl.min(tl.where(hits, row[:, None], NO_RANK), axis=0)
-                state = tl.where((state == UNDECIDED) & (first != NO_RANK), first, state)
-        stay = state == UNDECIDED
+        undecided = (state == UNDECIDED).to(tl.int32)
+        written = (undecided[None, :] > 0) & (word[:, None] * 32 < place[None, :])
+        bits = tl.load(Bits + (b * words + word)[:, None] * width + (ahead + place)[None, :], mask=written, other=0)
+        bits = bits.to(tl.uint32, bitcast=True)
+        open_, changed = _packed(undecided), 1
+        kept = open_
+        while changed > 0:  # each round decides one box more at least; the fixed point is the greedy answer
+            before = kept
+            kept = _packed((tl.max(bits & kept[:, None], axis=0) == 0).to(tl.int32)) & open_
+            changed = tl.sum((kept != before).to(tl.int32))
+        hits = bits & (kept + changed)[:, None]  # + 0: Triton 3.6 fails on a loop one of whose results is not used
+        by = tl.min(tl.where(hits != 0, word[:, None], TILE // 32), axis=0)  # the first word with a bit, then that word, then its bit
+        hit = tl.sum(tl.where(word[:, None] == by[None, :], hits, 0), axis=0).to(tl.int32, bitcast=True)
+        lowest = (hit & -hit).to(tl.uint32, bitcast=True).to(tl.float32)  # a power of two: the bit is its exponent
+        first = start + by * 32 + (lowest.to(tl.int32, bitcast=True) >> 23) - 127
+        stay = (undecided > 0) & (hit == 0)
         place = tl.cumsum(stay.to(tl.int32), 0) - 1
         stay = stay & (count + place < max_output)
         total = tl.sum(stay.to(tl.int32))
+        state = tl.where(hit != 0, first, state)
         tl.store(State + b * N + rank, tl.where(stay, STAYS, state), mask=mask)
         i = tl.load(Order + b * N + rank, mask=mask, other=0)
         tl.store(Indices + b * max_output + count + place, i, mask=stay)
@@ -207,10 +243,10 @@ def _push_kernel(
 
 
 @kernel(do_not_specialize=SIZES)
-def _suppressor_kernel(Order, State, Counts, Last, Suppressor, N, max_output, COLUMNS: tl.constexpr):
+def _suppressor_kernel(Order, State, Counts, Last, Suppressor, N, max_output, BLOCK: tl.constexpr):
     """From ranks to indices; what comes behind the last kept box of an image that is full was not to be looked at."""
-    b, block = image_and_block(N, COLUMNS)
-    rank = block * COLUMNS + tl.arange(0, COLUMNS)
+    b, block = image_and_block(N, BLOCK)
+    rank = block * BLOCK + tl.arange(0, BLOCK)
     mask = rank < N
     state = tl.load(State + b * N + rank, mask=mask, other=DROPPED)
     full = tl.load(Counts + b) == max_output

@@ -31,7 +31,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         A box with a NaN is kept and suppresses nothing, and so is one without area; a NaN score sorts first.
     Raises: ValueError for shapes or thresholds that do not fit; TypeError for unsupported dtypes and mixed devices.
     The size of the result depends on the data, so on a GPU the call waits for it: nms_padded does not. No gradient. Memory: about 100 bytes
-    a box.
+    a box, on a GPU up to 1 MB more.
     Source: the greedy rule as torchvision's CPU kernel has it.
     """
     _check(boxes, scores, None, iou_threshold, 2)
@@ -78,7 +78,7 @@ def nms_padded(
             that took no part; -3 for one that comes after the max_output-th kept box, and was not looked at.
         The same on every device, bit for bit, as nms.
     Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices.
-    Memory: about 100 bytes a box, on a CPU of as many images as there are threads. Source: as nms.
+    Memory: about 100 bytes a box, on a CPU of as many images as there are threads, on a GPU up to 1 MB an image more. Source: as nms.
     """
     _check(boxes, scores, None if class_ids is None else ("class_ids", class_ids), iou_threshold, 3)
     if score_threshold is not None:

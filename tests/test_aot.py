@@ -167,11 +167,13 @@ def test_cross_entropy(target, case, dtype, softmax, tmp_path):
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_cross_entropy_in_place_waits_for_its_labels(target, dtype, softmax):
-    """The gradient is written over the logits, which every warp reads its label's from: not before the last of them has."""
+    """The gradient is written over the logits, which every warp reads its label's from: not before the last of them has. And the label's
+    own gradient is written over what its tile left there: not before that."""
     x, labels = torch.empty(2, 32000, dtype=dtype), torch.zeros(2, dtype=torch.int64)
     (kernel,) = softmax(target, 1, lambda: cross_entropy.fwd(x, labels, None, *SoftmaxOptions(), "sum", False, True, out=x))
     row = max(kernel.asm["ptx"].split("\n$L__BB"), key=lambda block: block.count("st.global"))  # of one that counts
-    assert "bar.sync" in row[row.rindex("ld.global") : row.rindex("st.global")]
+    tile, label = row.index("st.global.v4", row.rindex("ld.global")), row.rindex("st.global")
+    assert "bar.sync" in row[row.rindex("ld.global") : tile] and "bar.sync" in row[row.rindex("st.global.v4") : label]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -99,6 +99,8 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
             parts, share, BLOCK = cdiv(blocks, share), share * BLOCK_SPLIT, BLOCK_SPLIT
             scratch = input.new_empty((B * D, parts, PARTIAL.value), dtype=torch.float32)
     split, num_warps = scratch is not None, _num_warps(ROWS * BLOCK)
+    room = registers(2 * num_warps if whole and not heavy and ROWS * BLOCK <= WHOLE // 2 else num_warps)  # for two programs, or for one
+    alone = not whole and ROWS * BLOCK > TILE and V % 16 == x_strides[2] % 16 == 0 and not torch.version.hip
     tensors = input, labels, probs, weight, divisor, loss, stats, argmax
     shared = dict(x_strides=x_strides, target_strides=target_strides, V=V, D=D, parts=parts, **_numbers(x, V), z_loss=x.z_loss or None)
     shared |= dict(factor=factor, COLUMNS=stats.shape[1], SHARD=shard, **FUSED, **({} if shard else ASSERT))
@@ -106,7 +108,7 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
         _stats_kernel[B * tiles, parts](
             *tensors, None if split else grad, scratch, probs_strides=probs_strides,
             grad_strides=(0, 0, 0) if grad is None else _strides(grad), tiles=tiles, share=share,
-            WHOLE=whole, ROWS=ROWS, BLOCK=BLOCK, num_warps=num_warps, **registers(num_warps), **shared,
+            WHOLE=whole, ROWS=ROWS, BLOCK=BLOCK, STAGES=2 if alone else 1, num_warps=num_warps, **room, **shared,
         )  # fmt: skip
         if split:
             k = None if grad is None else scratch.new_empty((B * D, 5))

@@ -12,6 +12,7 @@ from minkernels._triton_launch import kernel
 from minkernels._triton_math import INF, blocks_of, exp, tanh
 
 LOOSE = ["tiles", "parts", "share", "ignore_index"]  # any value runs the same code: one compilation for all
+NO_HINT = tl.constexpr("")
 PARTIAL = tl.constexpr(6)  # numbers that a part leaves of a row: m, d, T, U, E, and the bits of an int32, the first of the largest
 
 
@@ -82,13 +83,13 @@ def _add_block(z, c, mask, offs, m, d, T, U, E, best, WEIGHED: tl.constexpr, ENT
     if ENTROPY:
         best = tl.where(top > m, tl.min(tl.where(z == top[:, None], offs[None, :], 2**31 - 1), 1), best)
     before, shift = tl.where(m == -INF, 0.0, m), tl.where(top == -INF, 0.0, top)  # 0: avoid inf - inf
-    below = shift[:, None] - z
-    e, alpha = exp(-below), exp(m - shift)
+    above = z - shift[:, None]  # at most 0
+    e, alpha = exp(above), exp(m - shift)
     if WEIGHED:
-        U += T * (shift - before) + tl.sum(tl.where(mask, c * below, 0.0), 1)
+        U += T * (shift - before) - tl.sum(tl.where(mask, c * above, 0.0), 1)
         T += tl.sum(c, 1)
     if ENTROPY:
-        E = tl.where(alpha > 0.0, (E + d * (shift - before)) * alpha, 0.0) + tl.sum(tl.where(e > 0.0, e * below, 0.0), 1)
+        E = tl.where(alpha > 0.0, (E + d * (shift - before)) * alpha, 0.0) - tl.sum(tl.where(e > 0.0, e * above, 0.0), 1)
     return top, d * alpha + tl.sum(e, 1), T, U, E, best, e
 
 
@@ -98,11 +99,11 @@ def _finish(
     row, s, live, label, counts, fits, m, d, T, U, E, best,
     stride, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS: tl.constexpr, SHARD: tl.constexpr,
 ):  # fmt: skip
-    """Stores what a row leaves, zeros for one that does not count; returns P, H and S of an upstream gradient of 1."""
-    rel, w, log_d, f = tl.zeros_like(m), tl.full(m.shape, 1.0, tl.float32), tl.log(d), factor
+    """Stores what a row leaves, zeros for one that does not count; returns P, H and S of an upstream gradient of 1, and the label's z."""
+    rel, z, w, log_d, f = tl.zeros_like(m), tl.zeros_like(m), tl.full(m.shape, 1.0, tl.float32), tl.log(d), factor
     if Probs is None:
-        x = tl.load(X + s * stride[2] + label * stride[1], mask=fits, other=0.0).to(tl.float32)
-        rel = tl.where(fits, m - _transform(x, scale, softcap), 0.0 if SHARD else float("nan"))
+        z = _label_z(X, s, label, fits, stride, scale, softcap)
+        rel = tl.where(fits, m - z, 0.0 if SHARD else float("nan"))
         if Weight is not None:
             w = tl.load(Weight + label, mask=fits, other=0.0)
     if Stats is not None:
@@ -134,14 +135,22 @@ def _finish(
         total += 2.0 * z_loss * w * (m + log_d)
     if Loss is not None:
         tl.store(Loss + row, tl.where(counts, loss, 0.0), mask=live)
-    return f * total / d, f * H, f * S
+    return f * total / d, f * H, f * S, z
 
 
 @triton.jit
-def _gradient(z, e, c, P, Q, H, S, label, offs, m, scale, softcap, LABELS: tl.constexpr):
+def _label_z(X, s, label, fits, stride, scale, softcap):
+    return _transform(tl.load(X + s * stride[2] + label * stride[1], mask=fits, other=0.0).to(tl.float32), scale, softcap)
+
+
+@triton.jit
+def _gradient(z, e, c, P, Q, H, S, m, scale, softcap):
+    """At the label, where H is not None, and elsewhere."""
     if scale is not None:
         by = scale if softcap is None else scale * softcap
-        P, H, S = P * by, H * by, S * by
+        P, S = P * by, S * by
+        if H is not None:
+            H *= by
         if Q is not None:
             Q *= by
     g = P[:, None]
@@ -150,8 +159,8 @@ def _gradient(z, e, c, P, Q, H, S, label, offs, m, scale, softcap, LABELS: tl.co
     g = e * g
     if c is not None:
         g -= tl.where(S[:, None] != 0.0, S[:, None] * c, 0.0)
-    if LABELS:
-        g = tl.where(offs[None, :] == label[:, None], g - H[:, None], g)
+    if H is not None:
+        g -= H[:, None]
     if softcap is not None:
         t = z / softcap
         g *= 1.0 - t * t
@@ -165,7 +174,8 @@ def _stats_kernel(
     x_strides, target_strides, probs_strides, grad_strides,  # in elements
     V, D, tiles, parts, share,  # with Parts, program_id(1) has `share` classes, a multiple of BLOCK
     ignore_index, scale, softcap, keep, spread, z_loss, factor,  # keep: 1 - label_smoothing; spread: label_smoothing / V
-    COLUMNS: tl.constexpr, SHARD: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,  # WHOLE: V <= BLOCK
+    COLUMNS: tl.constexpr, SHARD: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,  # WHOLE: V <= BLOCK
 ):  # fmt: skip
     b, s, live = _rows(tl.program_id(0), tiles, D, ROWS)
     row = b * D + s
@@ -193,7 +203,7 @@ def _stats_kernel(
             if Parts is not None:
                 start = tl.program_id(1) * share
                 stop = tl.minimum(start + share, V)
-            for first in range(start, stop, BLOCK):
+            for first in tl.range(start, stop, BLOCK, num_stages=STAGES):
                 offs = first + tile
                 mask, c = counts[:, None] & (offs < V)[None, :], None
                 z = _load_z(X, s, offs, x_strides, mask, scale, softcap, AGAIN)
@@ -211,7 +221,7 @@ def _stats_kernel(
                 tl.store(Part + 4, E, mask=counts)
                 tl.store(Part + 5, best.to(tl.float32, bitcast=True), mask=counts)
         else:
-            P, H, S = _finish(
+            P, H, S, label_z = _finish(
                 X, Probs, Weight, Divisor, Loss, Stats, Argmax,
                 row, s, live, label, counts, fits, m, d, T, U, E, best,
                 x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
@@ -219,18 +229,20 @@ def _stats_kernel(
             if Grad is not None:
                 tl.debug_barrier()  # Grad may be X: every warp has its label's logit before any is written over
                 if WHOLE:
-                    g = _gradient(z, e, c, P, None, H, S, label, tile, m, scale, softcap, Target is not None)
+                    g = _gradient(z, e, c, P, None, None, S, m, scale, softcap)
                     _store(Grad, g, s, tile, grad_strides, live, counts, V)
                 else:
                     blocks = tl.cdiv(V, BLOCK)
-                    for i in range(blocks):  # from the end, which is what the L2 cache is the surest to hold still
+                    for i in tl.range(blocks, num_stages=STAGES):  # from the end, which is what the L2 cache is the surest to hold still
                         offs = (blocks - 1 - i) * BLOCK + tile
                         mask, c = counts[:, None] & (offs < V)[None, :], None
                         z = _load_z(X, s, offs, x_strides, mask, scale, softcap, ONCE)
                         if WEIGHED:
                             c = _load_c(Probs, Weight, s, offs, probs_strides, mask, V, keep, spread, ONCE)
-                        g = _gradient(z, exp(z - m[:, None]), c, P, None, H, S, label, offs, m, scale, softcap, Target is not None)
-                        _store(Grad, g, s, offs, grad_strides, live, counts, V)
+                        g = _gradient(z, exp(z - m[:, None]), c, P, None, None, S, m, scale, softcap)
+                        _store(Grad, g, s, offs, grad_strides, live, counts, V, ONCE)
+                if Target is not None:
+                    _store_label(Grad, Weight, label_z, P, None, H, S, s, label, fits, m, grad_strides, scale, softcap, spread)
     elif Parts is None:  # ignored, and not even read
         _finish(
             X, Probs, Weight, None, Loss, Stats, Argmax,
@@ -243,9 +255,21 @@ def _stats_kernel(
 
 
 @triton.jit
-def _store(Grad, g, s, offs, strides, live, counts, V):
-    g = tl.where(counts[:, None], g, 0.0).to(Grad.dtype.element_ty)
-    tl.store(Grad + _at(s, offs, strides), g, mask=live[:, None] & (offs < V)[None, :])
+def _store(Grad, g, s, offs, strides, live, counts, V, EVICT: tl.constexpr = NO_HINT):
+    if g.shape[0] > 1:  # a row that does not count and is alone is not computed
+        g = tl.where(counts[:, None], g, 0.0)
+    tl.store(Grad + _at(s, offs, strides), g.to(Grad.dtype.element_ty), mask=live[:, None] & (offs < V)[None, :], eviction_policy=EVICT)
+
+
+@triton.jit
+def _store_label(Grad, Weight, z, P, Q, H, S, s, label, fits, m, strides, scale, softcap, spread):
+    """The gradient at the label, over what the tile, which does not look for it, has left there."""
+    tl.debug_barrier()
+    z, c = z[:, None], None
+    if spread is not None:
+        c = tl.full(z.shape, 1.0, tl.float32) if Weight is None else tl.load(Weight + label, mask=fits, other=0.0)[:, None]
+    g = _gradient(z, exp(z - m[:, None]), c, P, Q, H, S, m, scale, softcap)
+    tl.store(Grad + (s * strides[2] + label * strides[1])[:, None], g.to(Grad.dtype.element_ty), mask=fits[:, None])
 
 
 @kernel(do_not_specialize=LOOSE)
@@ -275,7 +299,7 @@ def _merge_kernel(
         bests = tl.load(Part + 5, mask=mask, other=0.0).to(tl.int32, bitcast=True)
         best = tl.min(tl.where(mask & (m == top[:, None]), bests, 2**31 - 1), 1)
     d = tl.sum(d * alpha, 1)
-    P, H, S = _finish(
+    P, H, S, _ = _finish(
         X + b * x_strides[0], Probs, Weight, Divisor, Loss, Stats, Argmax,
         row, s, live, label, counts, fits, top, d, T, U, E, best,
         x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
@@ -298,22 +322,31 @@ def _grad_kernel(
     """Owns ROWS rows by BLOCK classes, and stays there."""
     blocks = tl.cdiv(V, BLOCK)
     b, s, live = _rows(tl.program_id(0) // blocks, tiles, D, ROWS)
-    offs = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) % blocks * BLOCK
+    offs = first + tl.arange(0, BLOCK)
     label, counts, fits = _labels(Target, b, s, live, target_strides, V, ignore_index, False)
-    g = tl.zeros((ROWS, BLOCK), tl.float32)
+    X += b * x_strides[0]
+    Grad += b * grad_strides[0]
     if tl.max(counts.to(tl.int32), 0) > 0:
         K = Coefficients + (b * D + s) * k_strides[0]
         m, P = tl.load(K, mask=counts, other=0.0), tl.load(K + k_strides[1], mask=counts, other=0.0)
         Q, S = tl.load(K + 2 * k_strides[1], mask=counts, other=0.0), tl.load(K + 4 * k_strides[1], mask=counts, other=0.0)
-        H = tl.load(K + 3 * k_strides[1], mask=fits, other=0.0)
         mask, c = counts[:, None] & (offs < V)[None, :], None
-        z = _load_z(X + b * x_strides[0], s, offs, x_strides, mask, scale, softcap, "evict_first")
+        z = _load_z(X, s, offs, x_strides, mask, scale, softcap, "evict_first")
         if Probs is not None:
             Probs += b * probs_strides[0]
         if Probs is not None or spread is not None:
             c = _load_c(Probs, Weight, s, offs, probs_strides, mask, V, keep, spread, "evict_first")
-        g = _gradient(z, exp(z - m[:, None]), c, P, Q, H, S, label, offs, m, scale, softcap, Target is not None)
-    _store(Grad + b * grad_strides[0], g, s, offs, grad_strides, live, counts, V)
+        if Target is not None:
+            fits = fits & (label >= first) & (label < first + BLOCK)
+            label_z, H = _label_z(X, s, label, fits, x_strides, scale, softcap), tl.load(K + 3 * k_strides[1], mask=fits, other=0.0)
+            tl.debug_barrier()  # as above
+        g = _gradient(z, exp(z - m[:, None]), c, P, Q, None, S, m, scale, softcap)
+        _store(Grad, g, s, offs, grad_strides, live, counts, V)
+        if Target is not None:
+            _store_label(Grad, Weight, label_z, P, Q, H, S, s, label, fits, m, grad_strides, scale, softcap, spread)
+    else:
+        _store(Grad, tl.zeros((ROWS, BLOCK), tl.float32), s, offs, grad_strides, live, counts, V)
 
 
 @kernel

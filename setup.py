@@ -6,10 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(__version__.partition(".")[0]) < 77:  # a new environment of Python 3.11 has 65, and without build isolation pip does not look
+    sys.exit(f"minkernels needs setuptools 77 or newer, this is {__version__}: pip install --upgrade setuptools")
+
+from setuptools.command.bdist_wheel import bdist_wheel  # which older ones do not have
 
 HERE = Path(__file__).parent
 HOST = "minkernels._host"

@@ -130,6 +130,19 @@ def test_a_library_of_another_version_raises_and_says_how_to_rebuild_it(tmp_path
     assert result.returncode == 1 and re.search(rf"of another version.*{_library.BUILD}", result.stderr), result.stderr
 
 
+def test_what_is_too_old_or_missing_is_told_in_a_sentence():
+    root = PACKAGE.parents[1]
+    old = python("import torch; torch.__version__ = '2.10.1+cpu'; import minkernels")
+    assert "ImportError: minkernels needs torch 2.11 or newer, this is 2.10.1+cpu" in old.stderr
+    old = python("import torch; torch.__version__ = '2.10.1'; import _build; _build.build()", path=PACKAGE)
+    assert "RuntimeError: it needs torch 2.11 or newer, this is 2.10.1" in old.stderr
+    old = python(f"import runpy, setuptools; setuptools.__version__ = '65.5.0'; runpy.run_path({str(root / 'setup.py')!r})")
+    assert old.returncode == 1 and old.stderr.startswith("minkernels needs setuptools 77 or newer, this is 65.5.0: pip install")
+    resolve = "from minkernels import _library; _library._resolve('minkernels.nms._triton:nms')"
+    gone = python(f"import sys; sys.modules['triton'] = None; {resolve}")
+    assert "ImportError: on a GPU minkernels needs Triton, which is not installed: pip install triton" in gone.stderr
+
+
 @pytest.mark.parametrize(
     "env, message",
     [

@@ -105,6 +105,8 @@ def link_flags(nvcc: str | None) -> str:
 def _ninja_file(csrc: Path, objects: Path) -> str:
     import torch
 
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        raise RuntimeError(f"it needs torch 2.11 or newer, this is {torch.__version__}")
     cuda = nvcc() if torch.version.cuda else None
     cu = [Path(os.path.relpath(path, objects)) for path in sorted((csrc / "ops" / "cuda").glob("*.cu"))] if cuda else []
     paths = sorted((csrc / "ops" / "cpu").glob("*.cpp"), key=lambda path: (path.stem not in SLOWEST, path.stem))

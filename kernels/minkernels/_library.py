@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):  # pip does not look with --no-deps
+    raise ImportError(f"minkernels needs torch 2.11 or newer, this is {torch.__version__}")
+
 _LIB = torch.library.Library("minkernels", "FRAGMENT")  # a fragment: _ops.so defines its private operators in the same space
 PATH = Path(__file__).with_name("_ops.so")
 BUILD = "python -m minkernels build"
@@ -172,7 +175,12 @@ def cpp_missing() -> str:
 
 def _resolve(path: str) -> Callable:
     module, function = path.split(":")
-    return getattr(importlib.import_module(module), function)
+    try:
+        return getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError("on a GPU minkernels needs Triton, which is not installed: pip install triton") from error
 
 
 def _resolve_cpp(path: str) -> Callable:

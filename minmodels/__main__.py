@@ -1,4 +1,4 @@
-"""The command line: python -m minmodels train | generate | showcase. torch is imported only once the arguments are read."""
+"""The command line: python -m minmodels COMMAND. torch is imported only once the arguments are read."""
 
 import argparse
 import contextlib
@@ -70,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
             raise
         print("error: not enough memory, ask for smaller sizes or batches.", str(error).partition("\n")[0], file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if not str(error).startswith("MINKERNELS_"):  # an environment variable
+            raise
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

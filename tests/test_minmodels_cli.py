@@ -295,6 +295,12 @@ def test_too_little_memory_for_a_step(book, tmp_path, monkeypatch, capsys, error
     assert re.fullmatch(r"error: not enough memory, ask for smaller sizes or batches\. (CUDA out of.* 8 GiB)?\n", capsys.readouterr().err)
 
 
+def test_an_environment_variable_that_says_nothing(book, tmp_path, monkeypatch, capsys, library):
+    monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "AVX2")
+    assert tiny(book, tmp_path / "run") == 2
+    assert capsys.readouterr().err == "error: MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got AVX2\n"
+
+
 def test_a_prompt_with_unknown_characters(book, tmp_path, capsys):
     tiny(book, tmp_path / "run", "--steps", 1)
     assert run("generate", "gpt", "--checkpoint", tmp_path / "run", "--prompt", "the Ωmega\tfox Å") == 2

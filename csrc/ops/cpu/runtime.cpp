@@ -150,7 +150,7 @@ class Kept {
     char* end = nullptr;
     const unsigned long long mb = std::strtoull(text, &end, 10);
     if (*end || *text < '0' || *text > '9')
-      throw std::runtime_error(std::string("MINKERNELS_KEEP_MB must be a number of megabytes, got ") + text);
+      throw std::invalid_argument(std::string("MINKERNELS_KEEP_MB must be a number of megabytes, got ") + text);
     return size_t(std::min<unsigned long long>(mb, SIZE_MAX >> 20)) << 20;
   }
 

@@ -178,7 +178,7 @@ class TaskOptions(TrainOptions):
     """Of fine-tuning."""
 
     checkpoint: str = _option("", "folder of a pretraining, or its checkpoint file; --resume does without", "DIR", data=True)
-    task: str = _option("whole", "whole, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
+    task: str = _option("whole", "whole, topic; with --examples: classification, entailment, similarity", "NAME")
     examples: str = _option("", "examples of the task, one a line: the class and the text or texts, split at tabs", "FILE", data=True)
     scratch: bool = _option(False, "start from new weights instead of the pretrained ones", None)
     steps: int = _default("steps", 400)
@@ -188,6 +188,7 @@ class TaskOptions(TrainOptions):
 
 @dataclass(frozen=True)
 class GPT1TaskOptions(TaskOptions):
+    task: str = _option("whole", "whole, topic, next; with --examples: classification, entailment, similarity, choice", "NAME")
     likelihood: float = _option(0.1, "weight of the next-token loss beside the task's: lambda in the paper, there 0.5", "X", zero=True)
     dropout: float = _default("dropout", 0.1, GPT1Options)
 

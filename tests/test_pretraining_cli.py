@@ -313,3 +313,4 @@ def test_help_has_examples(command, capsys):
     assert run(*command, "--help") == 0
     printed = capsys.readouterr().out
     assert re.search(r"examples?:\n  python -m minmodels ", printed) and "--scratch" not in printed
+    assert ("choice" in printed) == (command == ["finetune", "gpt1"])  # minBERT does not learn it

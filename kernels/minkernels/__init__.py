@@ -1,4 +1,4 @@
-"""Fused kernels for PyTorch: attention, cross-entropy and segmentation losses, on GPUs (Triton) and on CPUs (C++)."""
+"""Fused kernels for PyTorch: attention, the losses of language models and of segmentation, IoU and NMS; on GPUs Triton, on CPUs C++."""
 
 from minkernels._info import info
 from minkernels._memory import empty_cache

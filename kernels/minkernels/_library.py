@@ -111,8 +111,8 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 
 def traceable(*args):
-    """args; in a graph of a functorch transform, with views for its tensors: of what such a transform is given itself, torch.compile says
-    that it requires no gradient, and needs_grad() would believe it."""
+    """args. In a graph of a functorch transform, views of the tensors among them: torch.compile says of the transform's own inputs that
+    they require no gradient, and needs_grad() would believe it."""
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
     return args

@@ -51,8 +51,8 @@ def attention(
             torch's generator of q's device.
         return_lse: return (o, lse) as well: the log of the sum of exp(scores), sink included, (B, H, M), nats, float32 (float64
             for float64 inputs), differentiable, and not affected by dropout.
-    Returns: (B, H, M, Dv) in q.dtype, dense in q's dimension order. A query that sees no key gives zeros, lse = -inf (or the
-    sink), and zero gradients. Deterministic, forward and backward.
+    Returns: (B, H, M, Dv) in q.dtype, dense, in q's dimension order (where Dv is not D, batch first, heads and queries as in q).
+    A query that sees no key gives zeros, lse = -inf (or the sink), and zero gradients. Deterministic, forward and backward.
     Under autocast q, k and v are cast to the autocast dtype, as F.scaled_dot_product_attention does.
     Raises: ValueError for shapes or values that do not fit; TypeError for mixed or unsupported dtypes and devices.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.

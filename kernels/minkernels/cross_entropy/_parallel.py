@@ -56,8 +56,8 @@ def reduced(stats: Tensor, total: int, target: Tensor, weight: Tensor | None, x:
 
 
 class Parallel(torch.autograd.Function):
-    """make_stats(local target, local weight, options) and make_grads(coefficients, local target, local weight, options) are the op's own;
-    make_grads returns the gradients of `leaves`, the first of which is summed over the ranks where `replicated`."""
+    """op is Shards of cross_entropy, or what linear_cross_entropy has in its place: how many classes this rank has, their statistics, and
+    the gradients of `leaves`."""
 
     @staticmethod
     def forward(ctx, op, target, weight, x, reduction, empty_zero, group, *leaves):

@@ -50,7 +50,7 @@ class Gradients:
             self.dbias += grad.sum(0, dtype=self.dbias.dtype)
 
     def result(self, kept, input):
-        """Without elements where none was wanted. input: with the rows that are not kept."""
+        """Empty where none was wanted. kept: which rows of input the chunks have; None for all."""
         if self.sum is not None:
             self.sum.finish()
         if self.dinput is not None and kept is not None:

@@ -53,8 +53,8 @@ def linear_cross_entropy(
         linear_bias: linear_weight.shape[:-1], same dtype.
         weight, reduction, label_smoothing, z_loss, softcap, logit_scale, empty: as those of cross_entropy.
         ignore_index: as that of cross_entropy; None is -100. On a CPU rows with this label are not multiplied at all.
-        memory_budget: bytes for the logits of a chunk, whose gradient is written over them. Default 1 GiB on a GPU, at least 2048 rows;
-            16 MiB on a CPU, at least 512 rows.
+        memory_budget: bytes for the logits of a chunk, whose gradient is written over them. Default 1 GiB on a GPU, or 2048 rows if
+            they take more; 16 MiB on a CPU, or 512 rows.
         group: as that of cross_entropy: linear_weight and linear_bias hold the V classes of this rank, input, target and weight are the
             same on every rank; the gradient of input is summed over them. The backward forms the logits once more.
     Returns: the loss in nats, for "none" one for each row and position, else a scalar; float32 for 16-bit input. The gradient of

@@ -37,7 +37,7 @@ def bce_with_logits(
     Raises: ValueError for shapes or values that do not fit, and for a target, weight or pos_weight that requires a gradient;
         TypeError for unsupported dtypes and mixed devices; IndexError on the CPU for an integer target that counts and is
         neither 0 nor 1, naming its position and value (on a GPU, a device assert).
-    A loss of 1e-30 is as exact as one of 1: nothing is subtracted that would cancel. -inf with a target of 1 costs inf, where
+    A loss of 1e-30 is as exact as one of 1: nothing is subtracted that would cancel. -inf with a target above 0 costs inf, where
     PyTorch gives NaN; with the other infinities both give the same. A scalar loss whose gradient is wanted computes the
     gradient in the same pass over the logits, except in float16 and in compiled graphs.
     Source: PyTorch, torch.nn.BCEWithLogitsLoss.

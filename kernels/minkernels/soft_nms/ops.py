@@ -33,7 +33,7 @@ def soft_nms(
             is dropped; one whose x2 < x1 or y2 < y1 overlaps nothing.
         scores: (B, N), of any of these dtypes. A NaN is dropped.
         class_ids: (B, N) int64, int32, int16, int8 or uint8, any values: only boxes of a class change each other. Default: one class.
-        method: "linear" or "gaussian". iou_threshold: of linear alone, 0 to 1. sigma: of gaussian alone, positive.
+        method: "linear" or "gaussian". iou_threshold: of linear alone, 0 to 1. sigma: of gaussian alone, 1e-30 to 1e30.
         min_score: 0 to 1; scores must be above it, before as after.
         max_output: K, at least 1: the selection of an image stops there, over all of its classes.
     Returns: RescoredNMS(indices (B, K) int64, into N, in the order of selection, which is that of the scores, -1 padded; scores (B, K)
@@ -67,7 +67,7 @@ def matrix_nms(
 
     Args:
         boxes, scores, class_ids, max_output: as soft_nms takes them.
-        method: "gaussian" or "linear". sigma: of gaussian alone, positive.
+        method: "gaussian" or "linear". sigma: of gaussian alone, 1e-30 to 1e30.
         min_score: 0 to 1; scores must be above it, before as after.
     Returns: RescoredNMS, as soft_nms, by descending new score (of equal ones the first).
     Raises: as soft_nms.

@@ -1,7 +1,6 @@
 """PyTorch's functions, by their own arguments, on our kernels; None where a call wants what we lack: then PyTorch's own is to be called.
 
-Results are PyTorch's within rounding, except that the loss of 16-bit logits is float32, a query that sees no key gives zeros, and
-second derivatives raise.
+Results are PyTorch's within rounding, with the exceptions that docs/swap.md lists.
 """
 
 import torch

@@ -162,6 +162,12 @@ def test_a_failed_build_says_why_and_leaves_what_was_there(tmp_path, env, messag
     assert (path / "minkernels" / "_ops.so").read_bytes() == b"old"
 
 
+def test_where_nothing_can_be_written_nothing_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match=re.escape(f"cannot write {tmp_path}/none/_ops.so: {tmp_path}/none is read-only, or not there")):
+        _build.build(tmp_path / "none" / "_ops.so")
+
+
 def test_paths_may_hold_what_a_shell_would_split(tmp_path, monkeypatch):
     folder = tmp_path / "My $Projects"
     (folder / "ops" / "cpu").mkdir(parents=True)

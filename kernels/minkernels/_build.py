@@ -49,6 +49,8 @@ def build_host(out: Path = HERE / HOST, *, verbose: bool = False) -> Path:
 
 def _build(csrc: Path, objects: Path, out: Path, verbose: bool, ninja_file=None, product: str = "_ops.so") -> Path:
     rules = (ninja_file or _ninja_file)(csrc, objects)
+    if not os.access(out.parent, os.W_OK):  # now, not after minutes of compiling
+        raise RuntimeError(f"cannot write {out}: {out.parent} is read-only, or not there")
     try:
         objects.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(rules)

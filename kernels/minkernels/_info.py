@@ -34,7 +34,7 @@ class Info:
     def __str__(self) -> str:
         rows = [
             ("minkernels", f"{self.version}  (Python {self.python}, torch {self.torch}, Triton {self.triton or 'not installed'})"),
-            ("CPU", f"{self.cpu}, {self.threads} threads; {self.cpu_features or 'features unknown without the C++ library'}"),
+            ("CPU", f"{self.cpu}, threads: {self.threads}; {self.cpu_features or 'features unknown without the C++ library'}"),
             ("GPU", ", ".join(self.gpus) or "none visible to torch"),
             ("C++ library", self.library),
             ("NumPy module", self.host),
@@ -46,7 +46,10 @@ class Info:
 
 
 def info() -> Info:
-    """Versions, devices, CPU features, and which backend serves each op on each device and why."""
+    """Versions, devices, CPU features, and which backend serves each op on each device and why.
+
+    Raises: ValueError if MINKERNELS_CPU_LEVEL names no level.
+    """
     import minkernels
 
     missing = []

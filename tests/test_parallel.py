@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from minkernels import cross_entropy
+from minkernels import cross_entropy, linear_cross_entropy
 
 HERE = Path(__file__).parent
 
@@ -27,6 +28,10 @@ def test_two_processes(library, tmp_path):
         assert worker.returncode == 0, output
 
 
-def test_group_must_be_one():
-    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got 2"):
-        cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), weight=torch.ones(3), group=2)
+@pytest.mark.parametrize("weight", [None, torch.ones(3)], ids=["plain", "weighted"])
+def test_group_must_be_one(weight):
+    target = torch.zeros(2, dtype=torch.int64)
+    for loss in (cross_entropy, partial(linear_cross_entropy, torch.zeros(2, 4))):
+        logits = torch.zeros(2, 3) if loss is cross_entropy else torch.zeros(3, 4)
+        with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup, got 2"):
+            loss(logits, target, weight=weight, group=2)

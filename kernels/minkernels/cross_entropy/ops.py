@@ -188,8 +188,9 @@ def _check(input, weight, group):
     V = input.shape[min(1, input.dim() - 1)]
     if V == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
+    classes = classes_in_all(V, group)
     if weight is not None:
-        check_weight(weight, input, classes_in_all(V, group))
+        check_weight(weight, input, classes)
 
 
 def classes_in_all(V, group) -> int:

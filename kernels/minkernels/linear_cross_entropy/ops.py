@@ -136,8 +136,9 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
         check_floats("linear_bias", linear_bias)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(f"linear_bias must be {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
+    classes = classes_in_all(linear_weight.shape[0], group)
     if weight is not None:
-        check_weight(weight, input, classes_in_all(len(linear_weight), group))
+        check_weight(weight, input, classes)
     low = autocast_dtype(input)
     if low is not None and input.dtype != torch.float64:
         input, linear_weight, linear_bias = (t if t is None else t.to(low) for t in (input, linear_weight, linear_bias))

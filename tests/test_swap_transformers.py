@@ -17,6 +17,7 @@ from minkernels.swap import _hf_attention
 from minkernels.swap import transformers as adapter
 from transformers_cases import (
     CAUSAL,
+    GENERATING,
     GPT2,
     GQA,
     MODELS,
@@ -53,11 +54,11 @@ def test_outputs_and_gradients(library, name, dtype, padded):
         assert_close(*three, dtype, what)
 
 
-@pytest.mark.parametrize("name", [*CAUSAL, "whisper", "t5"])
+@pytest.mark.parametrize("name", [*CAUSAL, *GENERATING, "whisper", "t5"])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(library, name, cache):
     """Token for token, past the window of 4, the first row padded on the left."""
-    given, _ = inputs_of(name, "left" if name in CAUSAL else None)
+    given, _ = inputs_of(name, None if name in ("whisper", "t5") else "left")
     given = {k: x for k, x in given.items() if k in ("input_ids", "attention_mask", "input_features")}
     made = [
         model.generate(**given, max_new_tokens=9, min_new_tokens=9, do_sample=False, cache_implementation=cache)

@@ -35,6 +35,8 @@ MODELS = {  # class, its config
     "t5": ("T5ForConditionalGeneration", "T5Config", T5),
     "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
 }
+MOSHI = GQA | dict(sliding_window=4, ffn_dim=48, num_codebooks=2)
+GENERATING = {"moshi": ("MoshiForCausalLM", "MoshiConfig", MOSHI)}  # its layers slide where generate() makes the masks, and only there
 MODULES = {"bert": transformers.models.bert.modeling_bert, "t5": transformers.models.t5.modeling_t5}
 UNROUTED = {name for name, module in MODULES.items() if "ALL_ATTENTION_FUNCTIONS" not in vars(module)}  # older versions
 CAUSAL = ["gpt2", "llama", "mistral", "gemma2", "gpt_oss"]
@@ -44,7 +46,7 @@ OLD = transformers.__version__.startswith("4.")
 
 @functools.cache
 def _made(name):
-    kind, config, options = MODELS[name]
+    kind, config, options = (MODELS | GENERATING)[name]
     options = options | dict(experts_implementation="eager") if name == "gpt_oss" and not OLD else options  # grouped_mm has no fp64
     torch.manual_seed(1)
     model = getattr(transformers, kind)(getattr(transformers, config)(**options, attn_implementation="eager"))

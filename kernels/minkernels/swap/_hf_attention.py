@@ -94,7 +94,9 @@ def mask(
 
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         shape = attention_mask.shape
-        if shape == (0,) or (len(shape) == 3 and shape[1] == 1 and local_size is not None):  # ours, from generate(), which prepared it
+        # generate() slides every layer of a config without layer_types, whatever its model asks for: Moshi's forward for no window
+        slides = local_size is not None or (getattr(config, "sliding_window", None) is not None and not hasattr(config, "layer_types"))
+        if shape == (0,) or (len(shape) == 3 and shape[1] == 1 and slides):  # ours, from generate(), which prepared it
             return attention_mask
     if cache_position is not None:
         aligned = cache_position.shape[0] == kv_length

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 import minkernels
 from judge import assert_close
 from minkernels.swap import _hf_losses, functional
+from swap_cases import ours
 from transformers_cases import GPT2, GQA, NO_DROPOUT, SMALL, UNROUTED, B, T, V, inputs_of, make, run, swapped, transformers
 
 LABELS = torch.tensor([[5, -100, 7, 60, 0], [3, 3, -100, -100, 9]])
@@ -106,6 +107,24 @@ def test_heads_with_a_loss_of_their_own(library, monkeypatch, head):
     assert len(calls) == sum("label" in name or "positions" in name for name in given)
     torch.testing.assert_close(copy.deepcopy(model)(**given).loss, plain)
     assert model(given["input_ids"]).get("loss") is None
+
+
+class Filtering(transformers.LlamaForCausalLM):
+    """As Gemma3ForSequenceClassification and many a user's: the loss is where super() leads."""
+
+    def forward(self, input_ids, **given):
+        return super().forward(input_ids, **{name: x for name, x in given.items() if name != "logger"})
+
+
+def test_a_loss_behind_super(library):
+    model, given = make("llama"), inputs_of("llama", "right")[0]
+    model.__class__ = Filtering
+    plain = model(**given).loss
+    report = minkernels.swap(model, linear_cross_entropy=True)
+    assert "cross_entropy" in [by for *_, by in report.replaced] and [x.what for x in report.left] == ["Filtering's logits"]
+    out, names = ours(model, **given)
+    assert names.count("cross_entropy_fwd") == 1
+    torch.testing.assert_close(out.loss, plain)
 
 
 CAUSAL_LMS = {  # those of _hf_losses.CAUSAL_LMS, and what their config has beside GQA's
@@ -272,8 +291,8 @@ def test_compiled_gradients(library):
     model = swapped("gpt2")
     del model.transformer.h[1:]
     model.forward = torch.compile(model.forward, fullgraph=True, dynamic=True, backend="aot_eager")
-    for ours, theirs, compiled in zip(*results, run(model, given, valid), strict=True):
-        torch.testing.assert_close(compiled, ours)
+    for mine, theirs, compiled in zip(*results, run(model, given, valid), strict=True):
+        torch.testing.assert_close(compiled, mine)
         torch.testing.assert_close(compiled, theirs, atol=1e-4, rtol=1e-4)
 
 

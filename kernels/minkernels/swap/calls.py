@@ -24,7 +24,7 @@ def calls(cls: type, entry: str, names: tuple[str, ...]) -> tuple[dict[str, str]
     for module, functions in KNOWN_ELSEWHERE.items():
         if module in sys.modules:
             known |= {getattr(sys.modules[module], f, None): name for f, name in functions.items() if name in names}
-    methods = _methods(cls)
+    methods = methods_of(cls)
     inside = _reached([entry], methods, known)
     outside = _reached(list(methods), methods, known)
     return inside, {function: name for function, name in outside.items() if name not in inside.values()}
@@ -48,7 +48,7 @@ def _reached(entries, methods, known) -> dict[str, str]:
     return reached
 
 
-def _methods(cls) -> dict[str, list[types.FunctionType]]:
+def methods_of(cls) -> dict[str, list[types.FunctionType]]:
     """By name, those that a call can come to: an override hides what it does not call by super()."""
     methods: dict[str, list] = {}
     for c in cls.__mro__:

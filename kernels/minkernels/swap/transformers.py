@@ -11,7 +11,7 @@ from torch import nn
 
 import minkernels
 from minkernels.swap import _hf_attention, _hf_losses
-from minkernels.swap.calls import calls
+from minkernels.swap.calls import calls, methods_of
 from minkernels.swap.changes import Attribute, Left, Swap, forward
 from minkernels.swap.mode import NAMES
 
@@ -143,7 +143,8 @@ def _sdpa_only(kind):
 
 
 def _names(kind):
-    return set(inspect.unwrap(kind.forward).__code__.co_names)
+    """Every name in forward, and in those that it comes to by super()."""
+    return {name for f in methods_of(kind).get("forward", ()) for name in f.__code__.co_names}
 
 
 def _loss(where, model, linear):

@@ -81,8 +81,17 @@ class Function(nn.Module):
         return attend_twice(x)
 
 
-@pytest.mark.parametrize("kind", [Method, Function])
-def test_checkpoints_by_a_decorator(kind):
+class Attribute(nn.Module):
+    """As transformers' GradientCheckpointingLayer."""
+
+    def forward(self, x):
+        return self._gradient_checkpointing_func(sdpa, x, x, sdpa(x, x, x))
+
+    _gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Method, Function, Attribute])
+def test_checkpoints_by_another_name(kind):
     model, x = kind(), torch.randn(1, 2, 9, 8, requires_grad=True)
     report = swap(model)
     assert not report.replaced and "because: what it recomputes" in str(report)

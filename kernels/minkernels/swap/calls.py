@@ -13,6 +13,7 @@ KNOWN_ELSEWHERE = {  # package's module -> its functions that come to one of our
     "torch.utils.checkpoint": {"checkpoint": "checkpoint", "checkpoint_sequential": "checkpoint"},
     "diffusers.models.attention_dispatch": {"dispatch_attention_fn": "scaled_dot_product_attention"},
 }
+KNOWN_ATTRIBUTES = {"_gradient_checkpointing_func": "checkpoint"}  # of transformers' layers, and of those written like them
 
 
 def calls(cls: type, entry: str, names: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]]:
@@ -24,6 +25,7 @@ def calls(cls: type, entry: str, names: tuple[str, ...]) -> tuple[dict[str, str]
     for module, functions in KNOWN_ELSEWHERE.items():
         if module in sys.modules:
             known |= {getattr(sys.modules[module], f, None): name for f, name in functions.items() if name in names}
+    known |= {attribute: name for attribute, name in KNOWN_ATTRIBUTES.items() if name in names}
     methods = methods_of(cls)
     inside = _reached([entry], methods, known)
     outside = _reached(list(methods), methods, known)
@@ -40,6 +42,7 @@ def _reached(entries, methods, known) -> dict[str, str]:
         package = (f.__module__ or "").partition(".")[0]
         for code in _codes(f.__code__):
             waiting += [g for name in code.co_names for g in methods.get(name, ())]
+            reached |= {name: known[name] for name in code.co_names if name in known}
             for spelled, value in _globals(code, f.__globals__):
                 if value in known:
                     reached[spelled] = known[value]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
 
 import minkernels
 from judge import assert_close
@@ -213,6 +214,22 @@ def test_linear_cross_entropy_of_a_sharded_model(library, first):
         plain(**given).loss.backward()
         for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_loss_of_parallel_logits(library):
+    """Those of a head in tensor parallelism are no plain tensor, and their loss is PyTorch's own in the scope that it has for them."""
+    model, given = make("llama"), inputs_of("llama", "right")[0]
+    plain = model(**given, num_items_in_batch=17).loss
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallelize_module(model, init_device_mesh("cpu", (1,)), {"lm_head": ColwiseParallel(use_local_output=False)})
+        minkernels.swap(model)
+        with loss_parallel():
+            loss = model(**given, num_items_in_batch=17).loss
+            loss.backward()
+        torch.testing.assert_close(loss.full_tensor(), plain)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minkernels.cross_entropy.ops import cross_entropy
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy
+from minkernels.swap import functional
 from minkernels.swap.mode import Functions
 
 CAUSAL_LMS = {  # tested: their logits are lm_head(the body's last hidden state), capped by config.final_logit_softcapping if it is there
@@ -58,7 +58,7 @@ def causal_lm(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=
 
 def masked_lm(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **_):
     rows, labels = logits.reshape(-1, vocab_size), labels.reshape(-1).to(logits.device)
-    return _mean(cross_entropy, num_items_in_batch, rows, labels, ignore_index=ignore_index)
+    return _mean(_cross_entropy, num_items_in_batch, rows, labels, ignore_index=ignore_index)
 
 
 def token_classification(logits, labels, config, num_items_in_batch=None, ignore_index=-100, **_):
@@ -73,7 +73,7 @@ def question_answering(start_logits, end_logits, start_positions, end_positions,
         positions = positions.squeeze(-1) if positions.dim() > 1 else positions
         outside = logits.shape[1]  # the answer was cut off: ignored
         target = positions.to(logits.device).clamp(0, outside)
-        ends.append(_mean(cross_entropy, num_items_in_batch, logits, target, ignore_index=outside))
+        ends.append(_mean(_cross_entropy, num_items_in_batch, logits, target, ignore_index=outside))
     return (ends[0] + ends[1]) / 2
 
 
@@ -86,6 +86,11 @@ def sequence_classification(labels, pooled_logits, config, **options):
         return ForSequenceClassificationLoss(labels, pooled_logits, config, **options)
     config.problem_type = "single_label_classification"  # as it does
     return masked_lm(pooled_logits, labels, config.num_labels, options.get("num_items_in_batch"), options.get("ignore_index", -100))
+
+
+def _cross_entropy(logits, labels, **options):
+    loss = functional.cross_entropy(logits, labels, **options)
+    return F.cross_entropy(logits.float(), labels, **options) if loss is None else loss  # of tensor parallelism's logits, say
 
 
 def _shifted(labels, ignore_index):

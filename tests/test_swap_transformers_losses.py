@@ -234,6 +234,18 @@ def test_loss_of_parallel_logits(library):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("linear", [False, True], ids=["", "linear_cross_entropy"])
+def test_forward_mode(library, linear):
+    """Which we have not: the model's own road, through attention and loss."""
+    given, tangents = inputs_of("llama", "left")[0], []
+    x = torch.randn(B, T, 32)
+    for model in (swapped("llama", linear_cross_entropy=linear), make("llama")):
+        call = functools.partial(model, **given | dict(input_ids=None))
+        tangents.append(torch.func.jvp(lambda x, call=call: call(inputs_embeds=x).loss, (x,), (torch.ones_like(x),))[1])
+    torch.testing.assert_close(*tangents, atol=1e-4, rtol=1e-4)
+
+
 class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
     """Remote code may give a known name to another model."""
 

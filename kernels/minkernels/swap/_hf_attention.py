@@ -15,6 +15,7 @@ import sys
 import weakref
 
 import torch
+from torch.autograd import forward_ad
 
 from minkernels._library import autocast_dtype
 from minkernels.attention.ops import attention
@@ -169,7 +170,7 @@ def attend(
                     keys = keys[:, : key.shape[2]]
             else:
                 seen = attention_mask
-    served = True
+    served = forward_ad._current_level < 0  # forward-mode AD, which we lack
     for name, given in kwargs.items():
         if given is not None and given is not False and name not in IGNORED:  # output_attentions, a head_mask, what we do not know
             served = False

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from minkernels.linear_cross_entropy.ops import linear_cross_entropy
 from minkernels.swap import functional
@@ -130,7 +131,8 @@ def without_logits(model: nn.Module, *args, **given):
         given.update(zip([*inspect.signature(type(model).forward).parameters][1:], args, strict=False))
     labels, kept = given.get("labels"), given.get("logits_to_keep", 0)
     whole = isinstance(kept, int) and kept == 0
-    if labels is None or not whole or no_linear(model) or getattr(model, "model_parallel", False):
+    whole = whole and forward_ad._current_level < 0 and not getattr(model, "model_parallel", False)
+    if labels is None or not whole or no_linear(model):
         return type(model).forward(model, **given)
     from transformers import modeling_outputs
 

@@ -4,11 +4,12 @@ import subprocess
 import sys
 import tarfile
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from bench import bench_nms, gpu, report, timing
+from bench import bench_attention, bench_nms, gpu, report, timing
 
 ROOT = gpu.ROOT
 QUICK = ["--tiny", "--compile=none", "--device=cpu", "--benchmark-min-rounds=4", "--benchmark-max-time=0.001"]
@@ -113,6 +114,14 @@ def test_rows_of_a_run(bench_json):
 
 def test_every_bench_is_right_when_run_once():
     assert " passed" in run_bench("bench", "--benchmark-disable")
+
+
+def test_attention_is_compiled_anew_for_each_case(monkeypatch):
+    """Past some shapes torch would raise: of one function it compiles only so many."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for case in bench_attention.CASES["tiny"]:
+            assert bench_attention.impls()["torch-compile-reference"](bench_attention.make(case, "cpu")).isfinite().all()
 
 
 def test_report(bench_json, tmp_path):

@@ -96,7 +96,7 @@ def greedy(boxes, scores, idxs):
 
 IMPLS = {"minkernels": ours, "greedy-loop": greedy, "torchvision": installed("torchvision", torchvision)}
 IMPLS |= {"opencv": installed("opencv", opencv), "onnxruntime": installed("onnxruntime", onnxruntime)}
-CUDA_IMPLS = {"cuda-cpp": installed("csrc/ops/cuda", lambda: partial(cuda_cpp("nms"), iou_threshold=IOU))}
+CUDA_IMPLS = {"minkernels-cuda-cpp": installed("csrc/ops/cuda", lambda: partial(cuda_cpp("nms"), iou_threshold=IOU))}
 SIZES = [("clusters", 1000, 80), ("clusters", 10_000, 1), ("clusters", 10_000, 80), ("clusters", 50_000, 80), ("uniform", 50_000, 80)]
 CASES = {
     "cpu": [*(Case(*size) for size in SIZES), Case("sparse", 50_000, 1), Case("clusters", 200_000, 1)],
@@ -165,7 +165,7 @@ def bench_padded(timed, device, case, impl):
 
         table = {name: partial(loop, f, *args) for name, f in (IMPLS | CUDA_IMPLS).items()}
         cuda = installed("csrc/ops/cuda", lambda: cuda_cpp("nms_padded"))
-        table |= {"minkernels": partial(padded, *args), "cuda-cpp": lambda: cuda(*args, IOU, 0.25, 300, False)[0]}
+        table |= {"minkernels": partial(padded, *args), "minkernels-cuda-cpp": lambda: cuda(*args, IOU, 0.25, 300, False)[0]}
         return table, lambda indices: different(numbered(indices), numbered(exact()))
 
     timed("nms_padded", build, shape=(case.images, case.N, case.classes), dtype=torch.float32, bytes=case.images * case.N * 32)

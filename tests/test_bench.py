@@ -263,10 +263,14 @@ def test_gpu_steps_find_their_tests(tmp_path, monkeypatch):
         subprocess.run([*pytest_alone, "--collect-only"], cwd=gpu.ROOT, check=True, stdout=subprocess.DEVNULL)  # 5: none
 
 
+def test_our_cuda_cpp_is_no_peer_of_ours():
+    assert all(name.startswith(report.OURS) for name in bench_nms.CUDA_IMPLS)
+
+
 def test_rows_of_cuda_cpp_are_skipped_without_it(monkeypatch):
     monkeypatch.setattr(bench_nms._cuda, "built", lambda: False)
     with pytest.raises(pytest.skip.Exception, match="without nvcc"):
-        bench_nms.CUDA_IMPLS["cuda-cpp"](torch.rand(3, 4), torch.rand(3), None)
+        bench_nms.CUDA_IMPLS["minkernels-cuda-cpp"](torch.rand(3, 4), torch.rand(3), None)
 
 
 def test_gpu_unknown_step(tmp_path, capsys):

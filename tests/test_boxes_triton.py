@@ -158,6 +158,13 @@ def test_no_boxes(N, M):
     assert _triton.loss_bwd(a.new_zeros(2, 0), a[:, :0], a[:, :0], "iou", "xyxy", 1e-7, True, False)[0].shape == (2, 0, 4)
 
 
+def test_offsets_past_2_to_31():
+    """The last coordinates lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
+    a, b = to(*(make_boxes(5).half() for _ in range(2)))
+    far = torch.empty_strided(a.shape, (1, 2**31 // 3 + 1), dtype=a.dtype, device=DEVICE).copy_(a)
+    assert torch.equal(*(_triton.loss_fwd(t, b, "giou", "xyxy", 1e-7, "none") for t in (far, a)))
+
+
 @pytest.mark.gpu
 @gpu
 @kinds

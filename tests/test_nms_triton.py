@@ -71,6 +71,13 @@ def test_layouts_and_wide_classes(small):
     check((*apart, 0.4, None, 30))
 
 
+def test_offsets_past_2_to_31(small):
+    """The last coordinates lie more than 2**31 elements from the first; memory that is not touched costs nothing."""
+    boxes, scores, _ = (t[None].to(DEVICE) for t in clusters(20, 1))
+    far = torch.empty_strided(boxes.shape, (0, 1, 2**31 // 3 + 1), dtype=torch.float16, device=DEVICE).copy_(boxes)
+    assert torch.equal(*(_triton.nms_padded(t, scores, None, 0.3, None, 20, False)[0] for t in (far, boxes.half())))
+
+
 def test_nothing():
     for B, N in ((0, 3), (2, 0)):
         check((torch.empty(B, N, 4), torch.empty(B, N), None, 0.5, None, 4))

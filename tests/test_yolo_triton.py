@@ -78,6 +78,15 @@ def test_layouts(small_blocks):
     assert all(torch.equal(a.cpu(), e) for a, e in zip(_triton.detect(strided, *x), expected, strict=True))
 
 
+@pytest.mark.parametrize("most", [5, 2])
+def test_offsets_past_2_to_31(most, small_blocks):
+    """The height and the score lie more than 2**31 elements from the centre; memory that is not touched costs nothing."""
+    pred = draw("v8", 1, 5, 1, torch.float16)
+    far = torch.empty_strided(pred.shape, (0, 2**31 // 3 + 1, 1), dtype=pred.dtype, device=DEVICE).copy_(pred)
+    for x in (options("v8", 1, multi_label=multi_label, max_candidates=most) for multi_label in (False, True)):
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(_triton.detect(far, *x), reference.detect(pred, *x), strict=True))
+
+
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.gpu
 @pytest.mark.parametrize("multi_label", [False, True], ids=["best", "multi"])

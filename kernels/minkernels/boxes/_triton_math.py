@@ -13,11 +13,11 @@ PI = tl.constexpr(3.14159265358979324)
 @triton.jit
 def corners(Boxes, i, inside, strides, FORMAT: tl.constexpr):
     """Boxes i of (n, 4) as fp32 corners; zeros outside."""
-    at = Boxes + i * strides[0]
+    at, step = Boxes + i * strides[0], tl.cast(strides[1], tl.int64)
     x1 = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    y1 = tl.load(at + strides[1], mask=inside, other=0.0).to(tl.float32)
-    x2 = tl.load(at + 2 * strides[1], mask=inside, other=0.0).to(tl.float32)
-    y2 = tl.load(at + 3 * strides[1], mask=inside, other=0.0).to(tl.float32)
+    y1 = tl.load(at + step, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(at + 2 * step, mask=inside, other=0.0).to(tl.float32)
+    y2 = tl.load(at + 3 * step, mask=inside, other=0.0).to(tl.float32)
     if FORMAT == "xywh":
         x2, y2 = x1 + x2, y1 + y2
     if FORMAT == "cxcywh":

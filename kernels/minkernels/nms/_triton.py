@@ -88,11 +88,11 @@ def _rank_kernel(
     rank = block * BLOCK + tl.arange(0, BLOCK)
     mask = rank < N
     i = tl.load(Order + b * N + rank, mask=mask, other=0)
-    box = Boxes + b * box_strides[0] + i * box_strides[1]
+    box, step = Boxes + b * box_strides[0] + i * box_strides[1], tl.cast(box_strides[2], tl.int64)
     x1 = tl.load(box, mask=mask, other=0).to(tl.float32)
-    y1 = tl.load(box + box_strides[2], mask=mask, other=0).to(tl.float32)
-    x2 = tl.load(box + 2 * box_strides[2], mask=mask, other=0).to(tl.float32)
-    y2 = tl.load(box + 3 * box_strides[2], mask=mask, other=0).to(tl.float32)
+    y1 = tl.load(box + step, mask=mask, other=0).to(tl.float32)
+    x2 = tl.load(box + 2 * step, mask=mask, other=0).to(tl.float32)
+    y2 = tl.load(box + 3 * step, mask=mask, other=0).to(tl.float32)
     w = x2 - x1
     area = w * (y2 - y1)
     active = (w > 0) & (area > 0) & (area < float("inf"))

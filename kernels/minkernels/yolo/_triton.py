@@ -83,7 +83,7 @@ def _raw(Pred, Best, strides, b, place, c, mask, P, C, S, HEAD: tl.constexpr, BO
     if HEAD == BEST:
         return tl.load(Best + b * P + place + c * 0, mask=mask, other=0.0)
     elif HEAD == V8:
-        x = tl.load(Pred + b * strides[0] + (4 + c) * strides[1] + place * strides[2], mask=mask, other=0.0)
+        x = tl.load(Pred + b * strides[0] + (4 + tl.cast(c, tl.int64)) * strides[1] + place * strides[2], mask=mask, other=0.0)
         return x.to(tl.float32)
     else:
         image, cell = Pred + b * strides[0], place // BOXES
@@ -237,7 +237,7 @@ def _candidate_kernel(
     mask = mask & (x > least)
     image = Pred + b * strides[0]
     if HEAD == V8:
-        box, step = image + place * strides[2], strides[1]
+        box, step = image + place * strides[2], tl.cast(strides[1], tl.int64)
     elif HEAD == V1:
         box, step = image + place // BOXES * (5 * BOXES + C) + place % BOXES * 5, 1
     else:

@@ -79,7 +79,10 @@ def _run(func, args, kwargs):
         syncs.append(f"{name} by {([line for line in lines if not line.startswith(__file__)] or ['autograd'])[-1]}")
     args_, kwargs_ = tree_map(lambda t: t.values if isinstance(t, FakeCuda) else t, (args, kwargs | ({"device": "cpu"} if to else {})))
     with _disable_current_modes():
-        result = func(*args_, **kwargs_)
+        if func._overloadname == "dtype_out":  # of mm and addmm: a CPU has no float32 product of 16-bit matrices
+            result = getattr(torch.ops.aten, name.removeprefix("aten::")).out(*(t.float() for t in args_[:-1]), **kwargs_)
+        else:
+            result = func(*args_, **kwargs_)
         if name == "aten::_to_copy" and result is args_[0]:
             result = result.clone()
     if down or not isinstance(result, torch.Tensor | tuple | list):

@@ -12,11 +12,13 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 import minkernels as mk
-from op_cases import OPS
+from op_cases import LINEAR, OPS
 
 torch.manual_seed(0)
 warnings.filterwarnings("ignore", category=RuntimeWarning)  # NumPy on inf - inf
 randn, randint = torch.randn, torch.randint
+LINEAR = tuple(t.bfloat16() if t.is_floating_point() else t for t in LINEAR)
+CHUNKS = {"linear_cross_entropy, bf16, eight rows a chunk": (mk.linear_cross_entropy, LINEAR, dict(memory_budget=8 * 37 * 2), 2, 0)}
 
 
 def results(device, op, args, options, grads):
@@ -42,7 +44,7 @@ def near(name, found, expected, dtype=torch.float32):
 def ops():
     no_ops = {"empty_cache", "info", "swap", "unswap", "swapped"}
     assert {op.__name__ for op, *_ in OPS.values()} == {n for n in mk.__all__ if n.islower()} - no_ops
-    for name, (op, args, options, grads, allowed) in OPS.items():
+    for name, (op, args, options, grads, allowed) in (OPS | CHUNKS).items():
         expected, _ = results("cpu", op, args, options, grads)
         with fake_cuda.device:
             found, waits = results("cuda", op, args, options, grads)

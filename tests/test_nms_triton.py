@@ -65,6 +65,22 @@ def test_torchvisions_rule(small):
         assert torch.equal(_triton.nms(*(t.to(DEVICE) for t in (boxes, scores, class_ids)), 0.3).cpu(), expected)
 
 
+def test_nan_of_either_sign_sorts_first(small, monkeypatch):
+    """Where the sort goes by bits, as radix sorts on a GPU may: it would put a NaN with the sign bit last."""
+
+    def sort(t, dim, descending, stable):
+        bits = t.view(torch.int32)
+        order = torch.argsort(torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits), dim=dim, descending=True, stable=True)
+        return torch.return_types.sort((t.gather(dim, order), order))
+
+    boxes, scores, _ = uniform(20)
+    scores[[3, 11]] = torch.tensor([-1, 0x7FC00000], dtype=torch.int32).view(torch.float32)
+    expected = reference.nms(boxes, scores, None, 0.3)
+    if INTERPRETED:
+        monkeypatch.setattr(torch.Tensor, "sort", sort)
+    assert torch.equal(_triton.nms(boxes.to(DEVICE), scores.to(DEVICE), None, 0.3).cpu(), expected)
+
+
 def test_layouts_and_wide_classes(small):
     boxes, scores, ids = (t.unflatten(0, (2, 30)) for t in uniform(60, 4))
     apart = boxes.movedim(2, 0).contiguous().movedim(0, 2), scores.mT.contiguous().mT, (ids * 2**33).mT.contiguous().mT

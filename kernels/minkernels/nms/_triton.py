@@ -27,6 +27,7 @@ NO_RANK = tl.constexpr(2**31 - 1)
 
 def nms(boxes, scores, idxs, iou_threshold):
     classes = None if idxs is None else idxs[None]
+    scores = scores.nan_to_num(torch.nan, torch.inf, -torch.inf)  # a sort on a GPU may go by bits, and a NaN's sign is one
     indices, counts, _ = _greedy(boxes[None], scores[None], classes, iou_threshold, False, None, len(scores), False)
     return indices[0, : int(counts)].clone()  # not a view of N elements
 

@@ -154,6 +154,14 @@ def test_decoding_in_parts(name, queries, dtype, monkeypatch):
     check(q, k, v, cases.options(name, q, k))
 
 
+def test_decoding_in_more_parts_than_are_merged_at_a_time(monkeypatch):
+    """Some of which see no key."""
+    monkeypatch.setattr(_triton, "SPLIT_KEYS", 8)
+    monkeypatch.setattr(_triton, "_processors", lambda device: 100)
+    q, k, v = make(2, 2, 2, 1, 1500, 16, 24)
+    check(q, k, v, Options(kv_lens=torch.tensor([1500, 70], dtype=torch.int32), scale=0.2))
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="a failed device assert is the end of the process")
 def test_wrong_lengths_read_nothing_out_of_bounds(monkeypatch):
     """What the kernels assert on a device, which test_aot.py looks for, and the interpreter does not."""

@@ -18,7 +18,7 @@ from minkernels.attention._triton_fwd import _fwd_kernel, _merge_kernel
 
 L2_BYTES = 2**25  # keys and values that stay in the L2 cache (40 MB on an A100, 50 on an H100)
 FEW_QUERIES = 16  # up to so many, as in decoding, the heads that share a key head share a tile, and the keys are split
-SPLIT_KEYS = 512  # at least, to a part
+SPLIT_KEYS = 256  # at least, to a part
 MOST_PARTS = 128
 DBIAS_PROGRAMS = 256  # enough to fill a GPU
 LOG2E = math.log2(math.e)
@@ -90,7 +90,7 @@ def fwd(q, k, v, *options):
         if split:
             _merge_kernel[(part,)](
                 *out, o, lse, o.stride(), H, q.shape[2], parts, part,
-                Dv=Dv, BLOCK_DV=next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, num_warps=1, **FUSED,
+                Dv=Dv, BLOCK_DV=next_power_of_2(Dv), BLOCK_PARTS=MOST_PARTS, TURN=16, num_warps=4, **FUSED,
             )  # fmt: skip
     return o, lse
 

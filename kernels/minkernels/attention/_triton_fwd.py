@@ -134,9 +134,9 @@ def _fwd_kernel(
 @kernel(do_not_specialize=SIZES)
 def _merge_kernel(
     Parts, LSEs, O, LSE,  # Parts (parts, B, H, M, Dv) fp32, LSEs (parts, B, H, M)
-    o_strides, H, rows, parts, part, Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_PARTS: tl.constexpr,
+    o_strides, H, rows, parts, part, Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_PARTS: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """Owns one query of one head."""
+    """Owns one query of one head, and loads TURN parts at a time."""
     row = tl.program_id(0).to(tl.int64)
     O = head(O, row // rows // H, row // rows % H, row % rows, o_strides)
     offs, offs_dv = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_DV)
@@ -145,10 +145,11 @@ def _merge_kernel(
     top = tl.where(top == -INF, 0.0, top)  # no key in any part: avoid inf - inf
     total = tl.sum(tl.exp2((lses - top) * LOG2E), 0)
     acc = tl.zeros((BLOCK_DV,), tl.float32)
-    for i in range(parts):
-        at_part = tl.cast(i, tl.int64) * part + row
-        weight = tl.exp2((tl.load(LSEs + at_part) - top) * LOG2E).to(tl.float32)
-        acc += weight * tl.load(Parts + at_part * Dv + offs_dv, mask=offs_dv < Dv, other=0.0)
+    for first in range(0, parts, TURN):
+        i = first + tl.arange(0, TURN)
+        at_part, mask = i * tl.cast(part, tl.int64) + row, i < parts
+        weight = tl.exp2((tl.load(LSEs + at_part, mask=mask, other=-INF) - top) * LOG2E).to(tl.float32)
+        acc += tl.sum(weight[:, None] * load_tile(Parts + at_part[:, None] * Dv + offs_dv[None, :], mask, offs_dv < Dv), 0)
     acc /= tl.where(total == 0.0, 1.0, total).to(tl.float32)
     tl.store(O + offs_dv * o_strides[3], acc.to(O.dtype.element_ty), mask=offs_dv < Dv)
     tl.store(LSE + row, top + tl.log(total))

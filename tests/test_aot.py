@@ -304,7 +304,7 @@ def test_soft_nms(target, method, classes, tmp_path):
     check_exact(kernels, names)
 
 
-NMS = "_rank_kernel", "_resolve_kernel", "_push_kernel"
+NMS = "_rank_kernel", "_bits_kernel", "_resolve_kernel", "_push_kernel"
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -162,6 +162,7 @@ def test_bypass_is_only_for_calls_without_gradient():
 T = torch.zeros
 BAD = {
     "not a tensor": (dict(q=[1.0]), TypeError, "q must be a tensor, got list"),
+    "nested": (dict(v=torch.nested.as_nested_tensor([T(3, 6, 8)] * 2)), TypeError, "v must be a dense tensor, got a nested one"),
     "rank": (dict(k=T(2, 3, 8)), ValueError, "k must have 4 dimensions .* got shape (2, 3, 8)"),
     "dtype": (dict(q=T(2, 3, 5, 8, dtype=torch.int64)), TypeError, "q must be float16, .* got torch.int64"),
     "mixed dtypes": (dict(k=T(2, 3, 6, 8, dtype=torch.bfloat16)), TypeError, "k is torch.bfloat16 on cpu, but q is torch.float32"),

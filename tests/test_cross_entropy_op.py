@@ -155,6 +155,7 @@ X, Y = torch.zeros(4, 7), torch.zeros(4, dtype=torch.int64)
 P = torch.zeros(4, 7)
 BAD = {
     "not a tensor": (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
+    "nested": (dict(input=torch.nested.as_nested_tensor([X])), TypeError, "input must be a dense tensor, got a nested one"),
     "sparse": (dict(input=X.to_sparse()), TypeError, "takes dense tensors alone, got one of layout torch.sparse_coo"),
     "rank": (dict(input=X[0, 0]), ValueError, "input must have a dimension of classes, got a scalar"),
     "dtype": (dict(input=X.int()), TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int32"),

@@ -32,6 +32,8 @@ def check_int(name: str, x):
 def check_tensor(name: str, t):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
 
 
 def check_floats(name: str, t, converted: bool = False):

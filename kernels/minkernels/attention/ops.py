@@ -167,7 +167,7 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
 
 def _check_qkv(q, k, v, dims, layout):
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor) or t.dim() != dims:
+        if not isinstance(t, Tensor) or t.is_nested or t.dim() != dims:
             check_tensor(name, t)
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
     dtype, device = q.dtype, q.device

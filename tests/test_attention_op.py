@@ -197,6 +197,14 @@ BAD = {
 }
 
 
+def test_numbers_of_numpy():
+    """As PyTorch takes them."""
+    np = pytest.importorskip("numpy")
+    q = torch.randn(1, 2, 5, 8)
+    out = attention(q, q, q, scale=np.float32(0.25), softcap=np.int64(3), dropout_p=np.float64(0))
+    assert torch.equal(out, attention(q, q, q, scale=0.25, softcap=3.0))
+
+
 @pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)
 def test_bad_input(change, error, message):
     good = dict(q=T(2, 3, 5, 8), k=T(2, 3, 6, 8), v=T(2, 3, 6, 8))

@@ -1,6 +1,7 @@
 """Checks that several families make of their arguments."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ REDUCTIONS = "none", "mean", "sum"
 def check_number(name: str, x):
     if type(x) is float and -math.inf < x < math.inf:  # what most calls give, at a tenth of the time
         return
-    if isinstance(x, bool | Tensor) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+    if isinstance(x, bool | Tensor) or not isinstance(x, Real | torch.SymFloat | torch.SymInt):
         raise TypeError(f"{name} must be a number, got {x!r}")
     if not -math.inf < x < math.inf:  # not isfinite(): torch.compile cannot trace it on a dynamic float
         raise ValueError(f"{name} must be finite, got {x}")

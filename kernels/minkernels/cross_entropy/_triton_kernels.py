@@ -97,7 +97,7 @@ def _add_block(z, c, mask, offs, m, d, T, U, E, best, WEIGHED: tl.constexpr, ENT
 def _finish(
     X, Probs, Weight, Divisor, Loss, Stats, Argmax,
     row, s, live, label, counts, fits, m, d, T, U, E, best,
-    stride, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS: tl.constexpr, SHARD: tl.constexpr,
+    stride, scale, softcap, keep, spread, z_loss, factor, COLUMNS: tl.constexpr, SHARD: tl.constexpr,
 ):  # fmt: skip
     """Stores what a row leaves, zeros for one that does not count; returns P, H and S of an upstream gradient of 1, and the label's z."""
     rel, z, w, log_d, f = tl.zeros_like(m), tl.zeros_like(m), tl.full(m.shape, 1.0, tl.float32), tl.log(d), factor
@@ -224,7 +224,7 @@ def _stats_kernel(
             P, H, S, label_z = _finish(
                 X, Probs, Weight, Divisor, Loss, Stats, Argmax,
                 row, s, live, label, counts, fits, m, d, T, U, E, best,
-                x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
+                x_strides, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
             )  # fmt: skip
             if Grad is not None:
                 tl.debug_barrier()  # Grad may be X: every warp has its label's logit before any is written over
@@ -247,7 +247,7 @@ def _stats_kernel(
         _finish(
             X, Probs, Weight, None, Loss, Stats, Argmax,
             row, s, live, label, counts, fits, zero, zero, zero, zero, zero, best,
-            x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
+            x_strides, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
         )  # fmt: skip
         if Grad is not None:
             for first in range(0, V, BLOCK):
@@ -302,7 +302,7 @@ def _merge_kernel(
     P, H, S, _ = _finish(
         X + b * x_strides[0], Probs, Weight, Divisor, Loss, Stats, Argmax,
         row, s, live, label, counts, fits, top, d, T, U, E, best,
-        x_strides, V, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
+        x_strides, scale, softcap, keep, spread, z_loss, factor, COLUMNS, SHARD,
     )  # fmt: skip
     if Coefficients is not None:
         tl.store(Coefficients + row * 5, top, mask=counts)

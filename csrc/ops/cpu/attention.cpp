@@ -297,13 +297,13 @@ static void run(Attention& a, const Options& x, bool backward) {
 
 // As like() and lse_like() of attention/_options.py.
 static Tensor empty_like_q(const Tensor& q, int64_t Dv) {
-  if (Dv == q.size(3)) return torch::stable::empty_like(q);
-  if (q.stride(1) < q.stride(2)) return torch::stable::transpose(torch::stable::new_empty(q, {q.size(0), q.size(2), q.size(1), Dv}), 1, 2);
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), Dv});
+  if (Dv == q.size(3)) return fresh_like(q, q.scalar_type());
+  if (q.stride(1) < q.stride(2)) return torch::stable::transpose(fresh({q.size(0), q.size(2), q.size(1), Dv}, q.scalar_type()), 1, 2);
+  return fresh({q.size(0), q.size(1), q.size(2), Dv}, q.scalar_type());
 }
 static Tensor empty_lse(const Tensor& q) {
   using torch::headeronly::ScalarType;
-  return torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, q.element_size() >= 4 ? ScalarType::Double : ScalarType::Float);
+  return fresh({q.size(0), q.size(1), q.size(2)}, q.element_size() >= 4 ? ScalarType::Double : ScalarType::Float);
 }
 
 static std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, Maybe bias, Maybe sinks, Maybe key_mask, Maybe kv_lens,
@@ -326,12 +326,13 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor d
                                                                         std::optional<int64_t> left, std::optional<int64_t> right,
                                                                         bool top_left, double scale, double softcap, double dropout_p,
                                                                         int64_t max_seqlen_q, int64_t max_seqlen_k, bool bias_grad) {
-  using torch::stable::empty_like, torch::stable::new_empty;
   Options x{bias, sinks, key_mask, kv_lens, mask,    cu_seqlens_q, cu_seqlens_k, seed,
             left, right, top_left, scale,   softcap, dropout_p,    max_seqlen_q, max_seqlen_k};
   if (!lse.is_contiguous()) lse = torch::stable::contiguous(lse);  // what autograd saved, a hook may have laid out anew
   Attention a = arguments(q, k, v, o, lse, x);
-  Tensor dq = empty_like(q), dk = empty_like(k), dv = empty_like(v), dsinks = sinks ? empty_like(*sinks) : new_empty(q, {0});
+  const auto like = [](const Tensor& x) { return fresh_like(x, x.scalar_type()); };
+  const auto nothing = [&] { return fresh({0}, q.scalar_type()); };
+  Tensor dq = like(q), dk = like(k), dv = like(v), dsinks = sinks ? like(*sinks) : nothing();
   a.dout = view(dout), a.dq = view(dq), a.dk = view(dk), a.dv = view(dv);
   if (dlse) dlse = torch::stable::contiguous(*dlse), a.dlse = (const char*)dlse->data_ptr();
   Maybe sums;
@@ -343,12 +344,12 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor d
   }
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());
   run(a, x, true);
-  Tensor dbias = new_empty(q, {0});
+  Tensor dbias = nothing();
   if (bias_grad) {
     std::vector<int64_t> shared;
     for (int64_t dim = 0; dim < 4; dim++)
       if (bias->size(dim) != sums->size(dim)) shared.push_back(dim);
-    dbias = new_empty(*bias, bias->sizes());
+    dbias = fresh(bias->sizes(), bias->scalar_type());
     torch::stable::copy_(dbias, shared.empty() ? *sums : torch::stable::sum(*sums, shared, true));
   }
   if (sinks) {

@@ -6,8 +6,17 @@ INLINE vec<word_t<T>> load_words(const T* row, int64_t w, int64_t n) {
   constexpr int COUNT = vector<word_t<T>>::lanes * operand<T>::pack;  // elements
   row += w * operand<T>::pack, n -= w * operand<T>::pack;
   if (n >= COUNT) return widen_words(row);
+#if LEVEL_BYTES == 64
+  T rest[COUNT];
+  const uint64_t bytes = n > 0 ? (uint64_t(1) << n * sizeof(T)) - 1 : 0;
+  if constexpr (sizeof rest == 64)
+    _mm512_storeu_si512(rest, _mm512_maskz_loadu_epi8(bytes, row));
+  else
+    _mm256_storeu_si256((__m256i*)rest, _mm256_maskz_loadu_epi8(uint32_t(bytes), row));
+#else
   T rest[COUNT] = {};
   if (n > 0) __builtin_memcpy(rest, row, n * sizeof(T));
+#endif
   return widen_words(rest);
 }
 
@@ -23,19 +32,39 @@ struct StreamedRows {
   const T* operator()(int64_t j) const { return first + (keys ? keys[j] : j) * stride; }
 };
 
-// Up to a register's lanes of scores of one query: sums[l] = q k(j + l). q: words; whole: D fills registers and there are lanes keys. Keys
-// are read one after the other: what lies next the CPU fetches by itself, sooner than prefetching and other orders did.
-template <class T, bool whole>
+// Up to a register's lanes of products of one query: sums[l], to be summed up, of q k(j + l). q: words; W: registers of words to a row,
+// 0 for any number of words. Keys are read one after the other, each load of the loop a row further than at its last turn: that the CPU
+// foresees, sooner than any prefetching did. What the loop has beside loads takes room from those under way.
+template <class T, int W>
 INLINE void stream_keys(const StreamedRows<T>& k, int64_t j, int64_t n, int64_t D, const word_t<T>* q, vec<acc_t<T>>* sums) {
-  using W = word_t<T>;
-  constexpr int L = vector<W>::lanes, KEYS_AT_ONCE = vector<acc_t<T>>::lanes;
-#pragma GCC unroll 16
-  for (int l = 0; l < KEYS_AT_ONCE; l++) {
-    if (!whole && l >= n) break;
+  constexpr int L = vector<word_t<T>>::lanes;
+  vec<word_t<T>> query[W + 1];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; w++) query[w] = load(q + w * L);
+#pragma GCC unroll 1
+  for (int64_t l = 0; l < n; l++) {
     const T* row = k(j + l);
-    for (int64_t w = 0; w < words<T>(D); w += L)
-      sums[l] = madd(sums[l], load(q + w), whole ? widen_words(row + w * operand<T>::pack) : load_words(row, w, D));
+    vec<acc_t<T>> sum = {};
+#pragma GCC unroll 8
+    for (int w = 0; w < W; w++) sum = madd(sum, query[w], widen_words(row + w * L * operand<T>::pack));
+    for (int64_t w = 0; W == 0 && w < words<T>(D); w += L) sum = madd(sum, load(q + w), load_words(row, w, D));
+    sums[l] = sum;
   }
+  for (int64_t l = n; l < vector<acc_t<T>>::lanes; l++) sums[l] = vec<acc_t<T>>{};
+}
+
+template <class T, int W>
+static void stream_rows(const StreamedRows<T>& k, int64_t keys, int64_t D, const word_t<T>* q, int64_t q_row, int64_t rows,
+                        acc_t<T>* scores) {
+  using A = acc_t<T>;
+  constexpr int L = vector<A>::lanes;
+  for (int64_t j = 0; j < keys; j += L)
+    for (int64_t r = 0; r < rows; r++) {
+      vec<A> sums[L];
+      stream_keys<T, W>(k, j, min(keys - j, L), D, q + r * q_row, sums);
+      fold_registers<A, L / 2>(sums);
+      store(scores + r * STEP<T> + j, sums[0]);
+    }
 }
 
 // s (rows x keys, STEP a row) = q k: q, natural rows of q_row words.
@@ -43,28 +72,14 @@ template <class T>
 static void stream_scores(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* q,
                           int64_t q_row, int64_t rows, acc_t<T>* scores) {
   using W = word_t<T>;
-  using A = acc_t<T>;
-  constexpr int L = vector<A>::lanes;
-  W wide_q[STREAM_ROWS][256 + vector<W>::lanes] = {};  // zeros beyond D
-  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(wide_q[r], q + r * q_row, q_row * sizeof(W));
-  bool whole = a.D % (vector<W>::lanes * operand<T>::pack) == 0;
+  constexpr int64_t L = vector<W>::lanes, WIDE = L * operand<T>::pack;
   StreamedRows<T> k(a.k, s, kv_head, j0);
-  for (int64_t j = 0; j < keys; j += L) {
-    int64_t n = min(keys - j, L);
-    for (int64_t r = 0; r < rows; r++) {
-      vec<A> sums[L] = {};
-      if (whole && n == L)
-        stream_keys<T, true>(k, j, n, a.D, wide_q[r], sums);
-      else
-        stream_keys<T, false>(k, j, n, a.D, wide_q[r], sums);
-      transpose_registers<L / 2>(sums);
-#pragma GCC unroll 4
-      for (int half = L / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int l = 0; l < half; l++) sums[l] += sums[l + half];
-      store(scores + r * STEP<T> + j, sums[0]);
-    }
-  }
+  if (a.D == 2 * WIDE) return stream_rows<T, 2>(k, keys, a.D, q, q_row, rows, scores);
+  if (a.D == 4 * WIDE) return stream_rows<T, 4>(k, keys, a.D, q, q_row, rows, scores);
+  if (a.D == 8 * WIDE) return stream_rows<T, 8>(k, keys, a.D, q, q_row, rows, scores);
+  W wide_q[STREAM_ROWS][256 + L] = {};  // zeros beyond D
+  for (int64_t r = 0; r < rows; r++) __builtin_memcpy(wide_q[r], q + r * q_row, q_row * sizeof(W));
+  stream_rows<T, 0>(k, keys, a.D, wide_q[0], 256 + L, rows, scores);
 }
 
 // V registers of words of the values of one step of the reduction, which is pack keys. whole: all of their columns are there.
@@ -91,6 +106,7 @@ template <class T, int R, int V, bool whole>
 INLINE void stream_columns(const StreamedRows<T>& values, int64_t keys, int64_t d, int64_t Dv, const word_t<T>* p,
                            vec<acc_t<T>> (*acc)[V]) {
   static const T zeros[256 + 2 * COLS<acc_t<T>>] = {};  // the partner of an odd one
+#pragma GCC unroll 1
   for (int64_t step = 0; step < words<T>(keys); step++) {
     vec<word_t<T>> column[V];
     const T* rows[operand<T>::pack] = {values(step * operand<T>::pack)};

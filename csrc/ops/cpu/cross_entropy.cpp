@@ -207,9 +207,9 @@ static std::tuple<Tensor, Tensor, Tensor> cross_entropy_fwd(Tensor input, Tensor
   for (int64_t d = 2; d < input.dim(); d++) rows.push_back(input.size(d));
   const int64_t count = rows.size() == 2 ? rows[0] * rows[1] : rows[0];
   if (how != Reduction::none) rows.clear();
-  Tensor loss = torch::stable::new_empty(input, rows, wide_dtype(input));
-  Tensor stats = torch::stable::new_empty(input, {count, is_label(target) ? 2 : 3}, wide_dtype(input));
-  Tensor grad = with_grad ? minkernels::empty_like(input) : torch::stable::new_empty(input, {0});
+  Tensor loss = fresh(rows, wide_dtype(input));
+  Tensor stats = fresh({count, is_label(target) ? 2 : 3}, wide_dtype(input));
+  Tensor grad = with_grad ? minkernels::empty_like(input) : fresh({0}, input.scalar_type());
   forward(input, target, weight, {ignore_index, smoothing, z_loss, softcap, scale}, how, std::nullopt, empty_zero, loss, stats,
           with_grad ? Maybe(grad) : std::nullopt);
   return {loss, stats, grad};

@@ -111,7 +111,7 @@ static Tensor nms(Tensor boxes, Tensor scores, Maybe idxs, double iou_threshold)
   carve(a, memory.get(), x);
   Results out{(int64_t*)x.pairs};  // of which nothing is left once the boxes are in their order
   int64_t count = run_image(a, kernels_at[level()], 0, x, true, out);
-  Tensor kept = torch::stable::new_empty(scores, {count}, torch::headeronly::ScalarType::Long);
+  Tensor kept = fresh({count}, torch::headeronly::ScalarType::Long);
   std::copy(out.indices, out.indices + count, (int64_t*)kept.data_ptr());
   return kept;
 }

@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <array>
 #include <cstring>
 #include <iterator>
 #include <mutex>
@@ -98,6 +99,46 @@ Memory allocate(size_t bytes) {
   return Memory(p);
 }
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
+static Tensor strided(Sizes sizes, Sizes strides, torch::headeronly::ScalarType dtype) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), to<int32_t>(from(dtype)),
+                                                  aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
+Tensor fresh(Sizes sizes, torch::headeronly::ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+  return strided(sizes, strides, dtype);
+}
+
+// Whether there are elements and they lie one after the other, the dimensions in any order.
+static bool dense(Sizes sizes, Sizes strides) {
+  std::array<std::pair<int64_t, int64_t>, 8> dims;
+  if (sizes.size() > dims.size()) return false;
+  auto end = dims.begin();
+  for (size_t i = 0; i < sizes.size(); i++)
+    if (sizes[i] != 1) *end++ = {strides[i], sizes[i]};
+  std::sort(dims.begin(), end);
+  int64_t stride = 1;
+  for (auto dim = dims.begin(); dim != end; stride *= dim++->second)
+    if (dim->first != stride) return false;
+  return stride > 0;
+}
+
+Tensor fresh_like(const Tensor& x, torch::headeronly::ScalarType dtype) {
+  if (dense(x.sizes(), x.strides())) return strided(x.sizes(), x.strides(), dtype);
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(x),           from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+                          from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The memory of large tensors that are gone: up to MINKERNELS_KEEP_MB of it, which the oldest leave first. Never destroyed, since tensors
 // may outlive it. A lock that is held, by another thread or since before a fork, is not waited for: memory is then as malloc gives it.
 class Kept {
@@ -167,7 +208,7 @@ static Kept& kept() {
 void empty_cache() { kept().clear(); }
 
 Tensor empty_like(const Tensor& x) {
-  Tensor like = torch::stable::empty_like(x);  // for its strides: nothing touches its pages
+  Tensor like = fresh_like(x, x.scalar_type());  // for its strides: nothing touches its pages
   const size_t bytes = size_t(like.numel() * like.element_size());
   if (bytes < 16 << 20) return like;
   Kept::Block block;
@@ -181,14 +222,6 @@ Tensor empty_like(const Tensor& x) {
   Tensor result = torch::stable::from_blob(block.memory.get(), like.sizes(), like.strides(), like.device(), like.scalar_type(), give);
   block.memory.release();
   return result;
-}
-
-Tensor wide_empty_like(const Tensor& x) {
-  using torch::stable::detail::from;
-  const std::optional<torch::headeronly::ScalarType> dtype = wide_dtype(x);
-  StableIValue stack[] = {from(x), from(dtype), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 static thread_local Memory spare;

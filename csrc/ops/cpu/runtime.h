@@ -39,11 +39,14 @@ struct Free {
 using Memory = std::unique_ptr<char, Free>;
 Memory allocate(size_t bytes);  // on a cache line; on a huge page where that pays; throws std::bad_alloc
 
+// Fresh tensors on the CPU, uninitialised: dense, or like x. Those of torch::stable go through the dispatcher by name.
+Tensor fresh(torch::headeronly::IntHeaderOnlyArrayRef sizes, torch::headeronly::ScalarType dtype);
+Tensor fresh_like(const Tensor& x, torch::headeronly::ScalarType dtype);
+
 // Like x, uninitialised, where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the system zeroes fresh
 // pages, which takes longer than most kernels take to fill them. Of less than 16 MB a fresh one: those malloc keeps itself.
 Tensor empty_like(const Tensor& x);
-Tensor wide_empty_like(const Tensor& x);  // uninitialised, of wide_dtype(x)
-void empty_cache();                       // gives that memory back to the system
+void empty_cache();  // gives that memory back to the system
 
 constexpr size_t most_kept = 128 << 20;  // bytes that a thread keeps for its next call
 

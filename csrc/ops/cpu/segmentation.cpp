@@ -124,11 +124,10 @@ static void run_pointwise(const Pointwise& a, const SegmentationKernels& kernels
 // Outputs as sigmoid_loss_outputs() of segmentation/_outputs.py makes them. scale: what the gradient of each element is multiplied by.
 static std::tuple<Tensor, Tensor, Tensor> sigmoid_loss_fwd(Tensor input, Tensor target, Maybe weight, Maybe pos_weight, Maybe mask,
                                                            double alpha, double gamma, StringHandle reduction, bool with_grad) {
-  using torch::stable::new_empty;
   const Reduction how = take_reduction(reduction);
   const bool each = how == Reduction::none, mean = how == Reduction::mean;
-  Tensor loss = each ? wide_empty_like(input) : new_empty(input, {}, wide_dtype(input)), scale = new_empty(input, {}, wide_dtype(input));
-  Tensor grad = with_grad ? minkernels::empty_like(input) : new_empty(input, {0});
+  Tensor loss = each ? fresh_like(input, wide_dtype(input)) : fresh({}, wide_dtype(input)), scale = fresh({}, wide_dtype(input));
+  Tensor grad = with_grad ? minkernels::empty_like(input) : fresh({0}, input.scalar_type());
   Pointwise a = pointwise(input, target, weight, pos_weight, mask, {}, each ? Maybe(loss) : Maybe(), with_grad ? Maybe(grad) : Maybe());
   SegmentationKernels kernels = kernels_for(input);
   int64_t tasks = (a.walk.elements + TASK - 1) / TASK, count = a.walk.elements;

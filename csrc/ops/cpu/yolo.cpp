@@ -103,8 +103,8 @@ static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t h
   using torch::headeronly::ScalarType;
   bool wide = a.dtype == Dtype::f64;
   ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor boxes = torch::stable::new_empty(pred, {a.B, N, 4}, type), scores = torch::stable::new_empty(pred, {a.B, N}, type);
-  Tensor classes = torch::stable::new_empty(pred, {a.B, N}, ScalarType::Long);
+  Tensor boxes = fresh({a.B, N, 4}, type), scores = fresh({a.B, N}, type);
+  Tensor classes = fresh({a.B, N}, ScalarType::Long);
   const auto decode_image = [&](int64_t b, auto zero) {
     using A = decltype(zero);
     Decoder decoder{a, height, width, sqrt_wh};

@@ -110,12 +110,15 @@ def multi_head_attention(
 def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
 ) -> Tensor | None:
-    if size_average is not None or reduce is not None or not (_ours(input) and _plain(target, weight)):
+    if not (weight is size_average is reduce is None and type(input) is type(target) is Tensor):
+        if size_average is not None or reduce is not None or not _plain(input, target, weight):
+            return None
+        if weight is not None and weight.dtype != input.dtype:
+            return None
+    if not (input.is_cpu or input.is_cuda) or forward_ad._current_level >= 0:
         return None
-    dtype, given = input.dtype, target.dtype
-    if weight is not None and weight.dtype != dtype:
-        return None
-    if given != torch.int64 and (given not in FLOATS or torch.promote_types(given, dtype) not in (dtype, torch.float32)):
+    given = target.dtype
+    if given != torch.int64 and (given not in FLOATS or torch.promote_types(given, input.dtype) not in (input.dtype, torch.float32)):
         return None  # else probabilities, no wider than what the loss is computed in
     try:
         return our_cross_entropy(input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
@@ -126,10 +129,13 @@ def cross_entropy(
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
 ) -> Tensor | None:
-    if size_average is not None or reduce is not None or not (_ours(input) and _plain(target, weight, pos_weight)):
-        return None
     dtype = input.dtype
-    if target.dtype != dtype or (weight is not None and weight.dtype != dtype) or (pos_weight is not None and pos_weight.dtype != dtype):
+    if not (weight is pos_weight is size_average is reduce is None and type(input) is type(target) is Tensor):
+        if size_average is not None or reduce is not None or not _plain(input, target, weight, pos_weight):
+            return None
+        if (weight is not None and weight.dtype != dtype) or (pos_weight is not None and pos_weight.dtype != dtype):
+            return None
+    if target.dtype != dtype or not (input.is_cpu or input.is_cuda) or forward_ad._current_level >= 0:
         return None
     try:
         return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)

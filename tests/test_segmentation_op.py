@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from minkernels import bce_dice_loss, bce_with_logits, modules, sigmoid_focal_loss
+from minkernels.segmentation._targets import check_targets
 from segmentation_cases import REDUCTIONS, grad_of, losses, make
 
 
@@ -215,3 +216,20 @@ def test_modules(library):
     options = dict(alpha=0.4, gamma=1.0, reduction="mean")
     assert torch.equal(modules.SigmoidFocalLoss(**options)(x, t, mask), sigmoid_focal_loss(x, t, mask=mask, **options))
     assert "reduction='sum'" in repr(ours) and "gamma=1.0" in repr(modules.SigmoidFocalLoss(**options))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+@pytest.mark.parametrize("kind", ["none", "channel", "element"])
+def test_a_target_that_names_no_class_is_the_one_that_the_reference_names(dtype, kind, library):
+    torch.manual_seed(0)
+    for _ in range(30):
+        x, t = torch.randn(2, 3, 4, 5), torch.randint(0, 4, (2, 5, 4)).to(dtype).transpose(1, 2)
+        t[torch.rand(t.shape) < 0.7] = 1
+        mask = None if kind == "none" else torch.rand(2, 1 if kind == "channel" else 3, 4, 5) < 0.3
+        try:
+            check_targets(x, t, mask)
+        except IndexError as expected:
+            with pytest.raises(IndexError, match=f"^{re.escape(str(expected))}"):
+                bce_dice_loss(x, t, mask=mask)
+        else:
+            bce_dice_loss(x, t, mask=mask)

@@ -99,22 +99,36 @@ static void run_pointwise(const Pointwise& a, const SegmentationKernels& kernels
   run_tasks(tasks, 0, [&](int64_t task, char*) { kernels.pointwise[which](a, task); });
 }
 
-// As check_targets() of segmentation/_targets.py: the first integer target that counts and is neither 0 nor 1.
-[[noreturn]] static void bad_target(const Tensor& target, const Maybe& mask) {
+// As check_targets() of segmentation/_targets.py: the first integer target that counts and is neither 0 nor 1, or names none of the classes
+// of a class map.
+[[noreturn]] static void bad_target(const Tensor& input, const Tensor& target, const Maybe& mask) {
+  const bool class_map = target.dim() < input.dim();
+  const int64_t classes = class_map ? input.size(1) : 2;
   std::vector<int64_t> at(target.dim());
-  const auto element = [&](const Tensor& t) {
+  const auto element = [](const Tensor& t, const std::vector<int64_t>& at) {
     int64_t offset = 0;
     for (int64_t d = 0; d < t.dim(); d++) offset += at[d] * t.stride(d);
     const int64_t bytes = t.element_size();
     const char* p = (const char*)t.data_ptr() + offset * bytes;
     return bytes == 8 ? *(const int64_t*)p : bytes == 4 ? *(const int32_t*)p : *(const uint8_t*)p;
   };
+  const auto counts = [&] {
+    if (!mask || !class_map) return !mask || element(*mask, at);
+    std::vector<int64_t> of_class(at);
+    of_class.insert(of_class.begin() + 1, 0);
+    for (int64_t& c = of_class[1]; c < mask->size(1); c++)
+      if (element(*mask, of_class)) return true;
+    return false;
+  };
   for (int64_t left = target.numel(); left; left--) {
-    const int64_t label = element(target);
-    if ((label < 0 || label > 1) && (!mask || element(*mask))) {
+    const int64_t label = element(target, at);
+    if ((label < 0 || label >= classes) && counts()) {
       std::string where;
       for (int64_t i : at) where += (where.empty() ? "" : ", ") + std::to_string(i);
-      throw std::out_of_range("target[" + where + "] is " + std::to_string(label) + ": an integer target is 0 or 1 wherever it counts");
+      throw std::out_of_range("target[" + where + "] is " + std::to_string(label) +
+                              (class_map
+                                   ? ", out of range for " + std::to_string(classes) + " classes (0 to " + std::to_string(classes - 1) + ")"
+                                   : ": an integer target is 0 or 1 wherever it counts"));
     }
     for (int64_t d = target.dim(); d-- > 0 && ++at[d] == target.size(d);) at[d] = 0;
   }
@@ -141,7 +155,7 @@ static std::tuple<Tensor, Tensor, Tensor> sigmoid_loss_fwd(Tensor input, Tensor 
   std::vector<char> bad(tasks);
   a.sums = sums.data(), a.bad = bad.data();
   run_pointwise(a, kernels, tasks);
-  if (any(bad)) bad_target(target, mask);
+  if (any(bad)) bad_target(input, target, mask);
   double sum = std::accumulate(sums.begin(), sums.end(), 0.0);  // in the order of the tasks
   if (!each) put(loss, mean ? sum / double(count) : sum);
   put(scale, a.factor);
@@ -158,14 +172,23 @@ static Tensor sigmoid_loss_bwd(Tensor dloss, Tensor input, Tensor target, Maybe 
   return grad;
 }
 
-static Dice dice(const Tensor& input, const Tensor& target, const Maybe& pos_weight, const Maybe& mask, bool squared, const Maybe& grad) {
+// pos_weight: (C,) of any float dtype, or empty.
+static std::vector<double> doubles(const Maybe& pos_weight) {
+  if (!pos_weight) return {};
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(*pos_weight, torch::headeronly::ScalarType::Double));
+  const double* from = (const double*)wide.data_ptr();
+  return {from, from + wide.numel()};
+}
+
+static Dice dice(const Tensor& input, const Tensor& target, const std::vector<double>& pos_weight, const Maybe& mask, bool squared,
+                 const Maybe& grad) {
   Dice a;
   a.N = input.size(0), a.C = input.size(1), a.squared = squared, a.class_map = target.dim() < input.dim();
   Operands all = {{&a.x, &input}, {&a.t, &target}};
   add(all, a.mask, mask), add(all, a.grad, grad);
   a.walk = walk_of(input.dim() - 2, all);
   for (auto& [o, t] : all) o->image = t->stride(0), o->channel = t->dim() < input.dim() ? 0 : t->stride(1);
-  if (pos_weight) a.pos_weight = (const double*)pos_weight->data_ptr();
+  if (!pos_weight.empty()) a.pos_weight = pos_weight.data();
   if (grad) advise_huge_pages(a.grad.data, grad->numel() * grad->element_size());
   return a;
 }
@@ -209,45 +232,47 @@ static void finish_dice(const Dice& a, const std::vector<double>& sums, double b
   if (mean) *loss = A(bce_weight * (bce / elements) + dice_weight * (dice / present));
 }
 
-// Returns whether an integer target that counts is neither 0 nor 1, or names no class.
-static int64_t bce_dice_fwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, double bce_weight, double dice_weight, double smooth,
-                            bool squared, bool per_image, StringHandle reduction, Tensor loss, Tensor factors) {
+// Outputs as bce_dice_outputs() of segmentation/_outputs.py makes them.
+static std::tuple<Tensor, Tensor> bce_dice_fwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, double bce_weight,
+                                               double dice_weight, double smooth, bool squared, bool per_image, StringHandle reduction) {
   const Reduction how = take_reduction(reduction);
-  Dice a = dice(input, target, pos_weight, mask, squared, {});
+  const std::vector<double> weights = doubles(pos_weight);
+  Dice a = dice(input, target, weights, mask, squared, {});
+  std::vector<int64_t> entries{a.C};
+  if (per_image) entries.insert(entries.begin(), a.N);
+  Tensor loss = fresh(how == Reduction::none ? entries : std::vector<int64_t>(), wide_dtype(input));
+  entries.push_back(FACTORS);
+  Tensor factors = fresh(entries, wide_dtype(input));
   std::vector<double> sums(a.N * a.pieces_of_an_image() * a.C * DICE_SUMS);
   std::vector<char> bad(a.N * a.pieces_of_an_image());
   a.sums = sums.data(), a.bad = bad.data();
   SegmentationKernels kernels = kernels_for(input);
   run_pieces(a, [&](int64_t piece) { kernels.dice_sums(a, piece); });
-  if (any(bad)) return 1;
+  if (any(bad)) bad_target(input, target, mask);
   const auto finish = [&](auto zero) {
     using A = decltype(zero);
     finish_dice(a, sums, bce_weight, dice_weight, smooth, per_image, how, (A*)loss.data_ptr(), (A*)factors.data_ptr());
   };
   element_type(factors) == Element::f64 ? finish(0.0) : finish(0.0f);
-  return 0;
+  return {loss, factors};
 }
 
-static void bce_dice_bwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, Tensor factors, bool squared, Tensor grad) {
-  Dice a = dice(input, target, pos_weight, mask, squared, grad);
+static Tensor bce_dice_bwd(Tensor input, Tensor target, Maybe pos_weight, Maybe mask, Tensor factors, bool squared) {
+  const std::vector<double> weights = doubles(pos_weight);
+  Tensor grad = minkernels::empty_like(input);
+  if (!factors.is_contiguous()) factors = torch::stable::contiguous(factors);
+  Dice a = dice(input, target, weights, mask, squared, grad);
   a.factors = (const char*)factors.data_ptr(), a.factors_image = factors.dim() == 3 ? a.C * FACTORS : 0;
   SegmentationKernels kernels = kernels_for(input);
   run_pieces(a, [&](int64_t piece) { kernels.dice_grad(a, piece); });
+  return grad;
 }
 
 }  // namespace minkernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def(  // pos_weight (C,) float64, and factors (N or nothing, C, 3), contiguous
-      "_bce_dice_fwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, float bce_weight, float dice_weight, float smooth, "
-      "bool squared, bool per_image, str reduction, Tensor(a!) loss, Tensor(b!) factors) -> int");
-  m.def(
-      "_bce_dice_bwd(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, Tensor factors, bool squared, Tensor(a!) grad) "
-      "-> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
   m.impl("sigmoid_loss_fwd", TORCH_BOX(&minkernels::sigmoid_loss_fwd));
   m.impl("sigmoid_loss_bwd", TORCH_BOX(&minkernels::sigmoid_loss_bwd));
-  m.impl("_bce_dice_fwd", TORCH_BOX(&minkernels::bce_dice_fwd));
-  m.impl("_bce_dice_bwd", TORCH_BOX(&minkernels::bce_dice_bwd));
+  m.impl("bce_dice_fwd", TORCH_BOX(&minkernels::bce_dice_fwd));
+  m.impl("bce_dice_bwd", TORCH_BOX(&minkernels::bce_dice_bwd));
 }

@@ -266,7 +266,7 @@ _bce_dice_fwd = define(
     "bool per_image, str reduction) -> (Tensor loss, Tensor factors)",
     fake=lambda input, *rest: bce_dice_outputs(input, *rest[-2:]),
     reference=reference.bce_dice_fwd,
-    cpu="minkernels.segmentation._cpu:bce_dice_fwd",
+    cpu=None,
     cuda="minkernels.segmentation._triton:bce_dice_fwd",
 )
 _bce_dice_bwd = once_differentiable(
@@ -275,7 +275,7 @@ _bce_dice_bwd = once_differentiable(
         "(Tensor input, Tensor target, Tensor? pos_weight, Tensor? mask, Tensor factors, bool squared) -> Tensor",
         fake=lambda input, *_: torch.empty_like(input),
         reference=reference.bce_dice_bwd,
-        cpu="minkernels.segmentation._cpu:bce_dice_bwd",
+        cpu=None,
         cuda="minkernels.segmentation._triton:bce_dice_bwd",
     )
 )

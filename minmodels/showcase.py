@@ -105,7 +105,7 @@ def showcase(
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     info = minkernels.info()
-    console.print("\n".join(str(info).splitlines()[:3]), soft_wrap=True)  # versions, CPU, GPU
+    console.print(str(info), soft_wrap=True)
     fast = info.cpu_level == "avx512_bf16" or torch.cuda.is_available()  # elsewhere bfloat16 is emulated
     trainings = [_training(exhibit, folder, text, minutes, fast) for exhibit in exhibits.EXHIBITS]
     failures = _train(trainings, start + BUDGET * max(1, minutes), console)

@@ -16,8 +16,7 @@ from minmodels.device import pick_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD = "op", "dtype", "ms", "torch ms", "ratio", "error", "torch err"
-NOTE = """ms: medians of calls in turn; ratio: how many times as fast as PyTorch
-error: of the results, or the gradients: max |x - fp64| / max |fp64|"""
+NOTE = "ms: medians in turn; ratio: PyTorch's / ours; error: max |x - fp64| / max |fp64|"
 
 
 class Row(NamedTuple):

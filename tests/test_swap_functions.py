@@ -330,3 +330,13 @@ def test_fast_paths_come_to_us():
             result, names = ours(encoder, x, src_key_padding_mask=padding)
     assert names == ["attention_fwd"] * 2
     torch.testing.assert_close(result[~padding], theirs[~padding])
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy_with_logits"])
+def test_a_loss_of_what_is_no_tensor_fails_as_before(name):
+    loss, target = getattr(F, name), torch.rand(2, 4)
+    with pytest.raises(Exception) as theirs:
+        loss([1.0], target)
+    with minkernels.swapped(), pytest.raises(theirs.type) as found:
+        loss([1.0], target)
+    assert str(found.value) == str(theirs.value)

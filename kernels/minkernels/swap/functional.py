@@ -129,13 +129,12 @@ def cross_entropy(
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
 ) -> Tensor | None:
-    dtype = input.dtype
     if not (weight is pos_weight is size_average is reduce is None and type(input) is type(target) is Tensor):
         if size_average is not None or reduce is not None or not _plain(input, target, weight, pos_weight):
             return None
-        if (weight is not None and weight.dtype != dtype) or (pos_weight is not None and pos_weight.dtype != dtype):
+        if any(t is not None and t.dtype != input.dtype for t in (weight, pos_weight)):
             return None
-    if target.dtype != dtype or not (input.is_cpu or input.is_cuda) or forward_ad._current_level >= 0:
+    if target.dtype != input.dtype or not (input.is_cpu or input.is_cuda) or forward_ad._current_level >= 0:
         return None
     try:
         return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)

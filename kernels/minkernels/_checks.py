@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+NARROW = torch.float32, torch.bfloat16, torch.float16  # on every device
 INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 INTEGER_NAMES = "int64, int32, int16, int8 or uint8"
 REDUCTIONS = "none", "mean", "sum"
@@ -52,6 +53,11 @@ def check_constant(name: str, t: Tensor, input_name: str, input: Tensor):
         raise TypeError(f"{name} is on {t.device}, but {input_name} is on {input.device}")
     if t.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and there is none for it: detach it")
+
+
+def on_one_device(a: Tensor, b: Tensor) -> bool:
+    """A CPU or a GPU."""
+    return (a.is_cpu and b.is_cpu) or (a.is_cuda and a.device == b.device)
 
 
 def check_reduction(reduction):

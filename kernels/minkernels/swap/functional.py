@@ -12,8 +12,9 @@ from minkernels._checks import FLOATS
 from minkernels._library import autocast_dtype
 from minkernels.attention.ops import MAX_HEAD_DIM, attention
 from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
+from minkernels.cross_entropy.ops import usual_cross_entropy
 from minkernels.nms.ops import nms as our_nms
-from minkernels.segmentation.ops import bce_with_logits
+from minkernels.segmentation.ops import bce_with_logits, usual_bce
 
 PLAIN = Tensor, nn.Parameter, type(None)
 
@@ -140,6 +141,28 @@ def binary_cross_entropy_with_logits(
         return bce_with_logits(input, target, weight, pos_weight=pos_weight, reduction=reduction)
     except (TypeError, ValueError):  # nothing was computed
         return None
+
+
+def _cross_entropy(args, kwargs) -> Tensor | None:
+    if not kwargs or len(args) != 2 or len(kwargs) != 6 or forward_ad._current_level >= 0:
+        return None
+    if not kwargs["weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
+        return None
+    input, target = args
+    return usual_cross_entropy(input, target, kwargs["ignore_index"], kwargs["reduction"], kwargs["label_smoothing"])
+
+
+def _binary_cross_entropy_with_logits(args, kwargs) -> Tensor | None:
+    if not kwargs or len(args) != 2 or len(kwargs) != 5 or forward_ad._current_level >= 0:
+        return None
+    if not kwargs["weight"] is kwargs["pos_weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
+        return None
+    input, target = args
+    return usual_bce(input, target, kwargs["reduction"])
+
+
+# The calls that most losses are, as __torch_function__ is given them: it takes longer to unpack the keywords than to look at them.
+USUAL = {F.cross_entropy: _cross_entropy, F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits}
 
 
 def nms(dets, scores, iou_threshold) -> Tensor | None:

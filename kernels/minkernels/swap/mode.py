@@ -20,6 +20,7 @@ class Functions(TorchFunctionMode):
     def __init__(self, names: tuple[str, ...] = NAMES):
         self.names = names
         self.ours = {getattr(F, name): getattr(functional, name) for name in names if name != "nms"}
+        self.usual = {func: usual for func, usual in functional.USUAL.items() if func in self.ours}
         # asked of the registry, since torch.ops would keep a namespace that nobody defined
         if "nms" in names and torch._C._jit_get_schemas_for_operator("torchvision::nms"):
             op = torch.ops.torchvision.nms
@@ -29,6 +30,11 @@ class Functions(TorchFunctionMode):
         return Functions, (self.names,)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        usual = self.usual.get(func)
+        if usual is not None:
+            out = usual(args, kwargs)
+            if out is not None:
+                return out
         ours = self.ours.get(func)
         if ours is not None:
             out = ours(*args, **kwargs) if kwargs else ours(*args)

@@ -251,6 +251,31 @@ def test_entropy_where_the_maximum_jumps_by_more_than_a_float_holds(library):
     assert token_logprobs(x, torch.tensor([4000]))[:2] == (0, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_maximum_that_rises_along_the_row(dtype, levels):
+    """By less, or more, than a block's may stand above those before it: the loss, the entropy and the gradient of fp64."""
+    steps = torch.cat([torch.linspace(0, 48, 97), torch.tensor([-1e4, -30.0, 1e4])])
+    x = torch.randn(len(steps), 9000).sub_(20)
+    for k, column in enumerate((100, 2500, 5000, 8999)):  # each in a block of its own, the last in what is left of one
+        x[:, column] = k * steps
+    x, target = x.to(dtype), torch.full((len(steps),), 8999)
+    exact = x.double().requires_grad_()
+    losses = F.cross_entropy(exact, target, reduction="none")
+    losses.sum().backward()
+    logp = exact.detach().log_softmax(1)
+    entropy = -(logp.exp() * logp).nan_to_num().sum(1)
+    for _ in levels:
+        leaf = x.clone().requires_grad_()
+        found = cross_entropy(leaf, target, reduction="none")
+        found.sum().backward()
+        assert (found >= 0).all()
+        torch.testing.assert_close(found.double(), losses.detach(), rtol=1e-6, atol=2e-7)  # d is 1 and more
+        tolerance = dict(rtol=4e-6, atol=1.2e-7) if dtype == torch.float32 else dict(rtol=2**-8, atol=1.2e-7)
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, **tolerance)
+        torch.testing.assert_close(cross_entropy(leaf, target, reduction="sum").double(), losses.sum().detach())
+        torch.testing.assert_close(token_logprobs(x, target).entropy.double(), entropy, rtol=1e-5, atol=1e-6)
+
+
 def test_the_first_of_equal_classes_is_the_argmax(library):
     x = torch.zeros(3, 5000)
     x[1, [4000, 4999]] = 1

@@ -20,6 +20,9 @@ struct Coefficients {
 
 template <class A>
 INLINE vec<A> exp_of(vec<A> x) {
+#if LEVEL_BYTES == 64
+  if constexpr (sizeof(A) == 4) return exp_by_table<false>(x);
+#endif
   return exp2(x * splat(A(LOG2E)));
 }
 template <class A>

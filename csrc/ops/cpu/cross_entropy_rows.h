@@ -2,6 +2,7 @@
 // over the exponentials of the first where they fit beside the row, else over the logits again.
 
 constexpr int64_t BLOCK = 2048;    // columns: 8 kB of float, in L1
+constexpr int SLACK = 16;          // a block whose largest logit is that much above those before it needs no pass for it, but their shift
 constexpr int64_t KEPT = 1 << 17;  // columns of a row whose exponentials are kept: half a megabyte of float, in L2
 
 template <class A>
@@ -99,24 +100,38 @@ INLINE A block_max(const S* z, int64_t whole, A m) {
   return lanes_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// exp(z - shift) to e, and their sum. Meanwhile what is read next, and what is written last, comes into the cache: a store to a line that
-// is not there waits for memory as a load does.
-template <class T, class S, class A>
-INLINE A block_sum(const S* z, int64_t whole, A shift, A* e, const T* next, const T* grad) {
+// What a block has: the largest logit, or an earlier one that is larger; the sums of e = exp(z - shift) and of e (shift - z).
+template <class A>
+struct Sums {
+  A top, d = 0, E = 0;
+};
+
+// Adds a block to s, of which `top` is wanted or not. e is kept. Meanwhile what is read next, and what is written last, comes into the
+// cache: a store to a line that is not there waits for memory as a load does.
+template <bool TOP, bool ENTROPY, class T, class S, class A>
+INLINE void add_block(const S* z, int64_t whole, A shift, A* e, const T* next, const T* grad, Sums<A>& s) {
   constexpr int L = vector<A>::lanes, line = 64 / sizeof(T);
-  vec<A> sum[4] = {};
+  const vec<A> cap = splat(A(2000));  // exp(-2000) is 0, and 0 * inf is NaN
+  vec<A> d[4] = {}, E[4] = {}, top[4] = {splat(s.top), splat(s.top), splat(s.top), splat(s.top)};
   for (int64_t i = 0; i < whole; i += 4 * L) {
     for (int k = 0; k < 4 * L; k += line) __builtin_prefetch(next + i + k);
     for (int k = 0; k < 4 * L && grad; k += line) __builtin_prefetch(grad + i + k, 1);
 #pragma GCC unroll 2
     for (int u = 0; u < 4; u += 2) {
       Pair<A> p = load_pair(z + i + u * L);
+      if (TOP) top[u] = max(p.a, top[u]), top[u + 1] = max(p.b, top[u + 1]);
       vec<A> first = exp_of<A>(p.a - shift), second = exp_of<A>(p.b - shift);
       store(e + i + u * L, first), store(e + i + (u + 1) * L, second);
-      sum[u] += first, sum[u + 1] += second;
+      d[u] += first, d[u + 1] += second;
+      if (ENTROPY) {
+        vec<A> below = shift - p.a, lower = shift - p.b;
+        E[u] += first * (below > cap ? cap : below), E[u + 1] += second * (lower > cap ? cap : lower);
+      }
     }
   }
-  return lanes_sum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  s.d += lanes_sum((d[0] + d[1]) + (d[2] + d[3]));
+  if (ENTROPY) s.E += lanes_sum((E[0] + E[1]) + (E[2] + E[3]));
+  if (TOP) s.top = lanes_max(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
 // n elements times factor, from the order of load_pair.
@@ -193,46 +208,47 @@ static void weigh(const Softmax& a, int64_t b, int64_t s, int64_t j, int64_t n, 
   r.U += lanes_sum(U + load(x.e)), r.T += lanes_sum(T + (i < n ? load(x.c + i) : vec<A>{}));
 }
 
-template <class T>
+template <bool ENTROPY, class T>
 static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, int64_t b, int64_t s, RowScratch<acc_t<T>>& x) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, step = 4 * L;
   constexpr A inf = __builtin_inf();
-  bool entropy = a.stats_columns > 5;
+  const A slack = ENTROPY ? 0 : SLACK;
   Row<A> r;
   A before = 0;
   for (int64_t j = 0; j < a.V; j += BLOCK) {
-    int64_t n = min(a.V - j, BLOCK), whole = (n + step - 1) / step * step;
-    A *e = x.kept ? x.kept + j : x.e, top, shift, factor, sum;
-    const auto add = [&](const auto* z, int64_t body, const auto* rest) {
-      top = block_max(z, body, r.m);
-      if (rest) top = block_max(rest, step, top);
-      shift = top > -inf ? top : 0, factor = j > 0 ? exp_of<A>(r.m - shift) : 0;
-      if (a.argmax && top > r.m)
-        for (r.argmax = j; widen(z[r.argmax - j]) != top;) r.argmax++;
-      if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
+    int64_t n = min(a.V - j, BLOCK), body = n / step * step;
+    A *e = x.kept ? x.kept + j : x.e, shift = before, factor = 1;
+    Sums<A> sums{r.m};
+    // rest: what is left behind the body, as a step of its own, or null
+    const auto add = [&](auto top, const auto* z, int64_t body, const auto* rest) {
       const T *next = row + j + BLOCK, *to = grad ? grad + j : nullptr;  // the next row's, where rows are dense
-      sum = block_sum(z, body, shift, e, next, to);
-      if (rest) sum += block_sum(rest, step, shift, e + body, next + body, to ? to + body : to);
+      sums = {sums.top};
+      add_block<top, ENTROPY>(z, body, shift, e, next, to, sums);
+      if (rest) add_block<top, ENTROPY>(rest, step, shift, e + body, next + body, to ? to + body : to, sums);
+    };
+    const auto add_below_top = [&](const auto* z, int64_t body, const auto* rest) {
+      sums.top = block_max(z, body, r.m);
+      if (rest) sums.top = block_max(rest, step, sums.top);
+      shift = sums.top > -inf ? sums.top : 0, factor = j > 0 ? exp_of<A>((r.m < before ? r.m : before) - shift) : 0;
+      if (a.argmax && sums.top > r.m)
+        for (r.argmax = j; widen(z[r.argmax - j]) != sums.top;) r.argmax++;
+      if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
+      add(std::false_type{}, z, body, rest);
     };
     if constexpr (has_pairs<T>)
       if (x.raw) {
-        int64_t body = n / step * step;
-        add(row + j, body, n > body ? raw_rest(row + j + body, n - body, x.z) : nullptr);
+        const T* rest = n > body ? raw_rest(row + j + body, n - body, x.z) : nullptr;
+        if (r.m > -inf) add(std::true_type{}, row + j, body, rest);
+        if (!(r.m > -inf) || sums.top > shift + slack) add_below_top(row + j, body, rest);
       }
-    if (!x.raw) read_z(a, row, j, n, x.z), add(x.z, whole, (const A*)nullptr);
-    if (entropy) {
-      vec<A> E = {}, cap = splat(A(2000));  // exp(-2000) is 0, and 0 * inf is NaN
-      for (int64_t i = 0; i < whole; i += L) {
-        vec<A> below = splat(shift) - load(x.z + i);
-        E += load(e + i) * (below > cap ? cap : below);
-      }
-      r.E = (factor > 0 ? (r.E + r.d * (shift - before)) * factor : 0) + lanes_sum(E);  // 0 * inf is NaN
-    }
-    r.d = r.d * factor + sum;
-    r.m = top, before = shift;
+    if (!x.raw) body = read_z(a, row, j, n, x.z), add_below_top(x.z, body, (const A*)nullptr);
+    if (ENTROPY) r.E = (factor > 0 ? (r.E + r.d * (shift - before)) * factor : 0) + sums.E;  // 0 * inf is NaN
+    r.d = r.d * factor + sums.d;
+    r.m = sums.top, before = shift;
     if (x.kept) x.shifts[j / BLOCK] = shift;
   }
+  if (r.m > before) r.d /= exp_of<A>(r.m - before);  // as it stands in the sum: where one logit is all there is, d is exactly 1
   return r;
 }
 
@@ -292,8 +308,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
   RowScratch<A>& x = *(RowScratch<A>*)memory;
   x.kept = nullptr;
   if (a.grad.data && !a.coefficients && a.V <= KEPT) x.shifts = (A*)(memory + sizeof x), x.kept = x.shifts + KEPT / BLOCK;
-  x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 &&
-          !weighs_all(a) && a.stats_columns <= 5;
+  x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 && !weighs_all(a);
   const bool around = a.stream && !a.fresh && x.raw && (x.kept || a.coefficients);
   double sum = 0;
   for (int64_t i = first; i < last; i++) {
@@ -315,7 +330,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
       row_grad(a, grad, row, b, s, label, {k[0], k[1], k[2], k[3], k[4]}, x, past);
       continue;
     }
-    Row<A> r = row_stats(a, row, past ? nullptr : grad, b, s, x);
+    Row<A> r = (a.stats_columns > 5 ? row_stats<true, T> : row_stats<false, T>)(a, row, past ? nullptr : grad, b, s, x);
     if (label >= 0) r.rel = r.m - transformed(a, widen(row[label * a.logits.column]));
     write_stats(a, i, r);
     A w = weight_of<A>(a, label < 0 ? 0 : label);

@@ -5,22 +5,10 @@
 
 namespace {  // the templates too: another family may have a Sum of its own
 
-// e**x for x <= 0, relative error under 1.3e-7; exactly 0 for -200, and below -87.7 where there is no vscalefps. x - n ln 2 in two steps,
-// of which the first is exact. n is a multiple of 1/16 where a register holds a table of 2**(k / 16): it spares half of the polynomial.
+// e**x for x <= 0, relative error under 1.3e-7; exactly 0 for -200, and below -87.7 where there is no vscalefps.
 INLINE f32 exp_of_negative(f32 x) {
 #if LEVEL_BYTES == 64
-  constexpr float powers[] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-                              1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
-  const f32 magic = splat(786432.0f);  // 1.5 * 2**19: its addition rounds to sixteenths, and leaves k in the lowest four bits
-  x = max(splat(-200.0f), x);          // in this order a NaN stays
-  f32 t = x * splat(1.44269504f) + magic, n = t - magic;
-  f32 r = x - n * splat(0.693147182f);
-  r = r + n * splat(1.9046543e-9f);
-  f32 power = (f32)_mm512_permutexvar_ps((__m512i)t, (__m512)load(powers));
-  f32 p = r * splat(0.16666667f) + splat(0.5f);  // |r| < 0.0217: what is left out is under 1e-8
-  p = p * r + splat(1.0f);
-  p = p * r;
-  return (f32)_mm512_scalef_ps((__m512)(power * p + power), (__m512)n);
+  return exp_by_table<true>(x);
 #else
   const f32 magic = splat(12582912.0f);  // 1.5 * 2**23, as in exp2
   x = max(splat(-88.0f), x);             // in this order a NaN stays

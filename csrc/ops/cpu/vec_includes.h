@@ -1,6 +1,7 @@
 // What vec.h and the kernels may use: types and intrinsics, nothing that the linker could mix up between levels.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

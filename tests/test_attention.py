@@ -194,6 +194,15 @@ def test_workspace(library):
     assert max(peaks.values()) <= 1.0, f"workspace, in units of inputs and outputs in fp32: {peaks}"
 
 
+def test_workspace_of_packed_sequences(library):
+    """Many short ones beside a longer one, which decides how heads are shared out."""
+    cu = torch.cat([torch.arange(0, 5001, 1), torch.tensor([5200])])
+    packed = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=200, max_seqlen_k=200)
+    q = torch.randn(5200, 1, 64, requires_grad=True)
+    peak = extra_peak(lambda: attention_varlen(q, q, q, **packed).sum().backward())
+    assert peak <= 20 * q.nbytes, f"{peak / 2**20:.0f} MiB"  # o, do, dq, dk, dv, lse, and as much workspace
+
+
 def extra_peak(run):
     """Bytes by which the resident memory of this process rises while run() does."""
     with open("/proc/self/clear_refs", "w") as file:

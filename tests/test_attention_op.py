@@ -10,8 +10,27 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 from attention_cases import SHAPES, gradients, holes, make, move, options, packed
-from minkernels import _library, attention, attention_varlen
+from minkernels import _library, attention, attention_varlen, box_iou
 from minkernels.attention import ops, reference
+
+
+def test_a_tensor_given_twice_compiles(library):
+    q, k = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(2))
+    boxes = torch.rand(3, 4).cumsum(1).requires_grad_()
+    calls = (lambda q, k: attention(q, k, k), (q, k)), (lambda q: attention(q, q, q), (q,)), (lambda b: box_iou(b, b), (boxes,))
+    for call, args in calls:
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        expected = torch.autograd.grad(call(*args).square().sum(), args)
+        torch.testing.assert_close(torch.autograd.grad(compiled(*args).square().sum(), args), expected)
+
+
+def test_autocast_takes_several_dtypes(library):
+    q, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).bfloat16()
+    rows, cu = torch.randn(5, 2, 8), torch.tensor([0, 5])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention(q, q, v), attention(q.bfloat16(), q.bfloat16(), v))
+        packed = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5)
+        assert attention_varlen(rows, rows, rows.bfloat16(), **packed).dtype == torch.bfloat16
 
 
 def test_gradcheck(library):

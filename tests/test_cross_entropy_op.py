@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from cross_entropy_cases import OPTIONS, REDUCTIONS, grad_of, grads_of, lay_out, make
-from minkernels import cross_entropy, linear_cross_entropy, token_logprobs
+from minkernels import cross_entropy, linear_cross_entropy, modules, token_logprobs
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._options import Options
 
@@ -25,6 +25,38 @@ def test_gradcheck(reduction, probs, library):
     inputs = [t.requires_grad_() for t in ((x, target) if probs else (x,))]
     for options in ({}, dict(weight=weight, **EVERYTHING)):
         assert torch.autograd.gradcheck(lambda *t: cross_entropy(*(t if probs else (*t, target)), reduction=reduction, **options), inputs)  # noqa: B023
+
+
+def test_a_second_derivative_of_probabilities_raises(library):
+    x, target = (t.requires_grad_() for t in make(3, 4, probs=True))
+    (dtarget,) = torch.autograd.grad(cross_entropy(x, target), target, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        torch.autograd.grad(dtarget.square().sum(), x)
+
+
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_ignored_rows_have_no_gradient_whatever_comes_from_above(upstream, library):
+    x, target = torch.randn(2, 3, requires_grad=True), torch.tensor([0, -100])
+    W = torch.randn(3, 3, requires_grad=True)
+    for loss in (cross_entropy(x, target), linear_cross_entropy(x, W, target)):
+        for _ in range(2):
+            (dx,) = torch.autograd.grad(loss, x, torch.tensor(upstream), retain_graph=True)
+            assert (dx[1] == 0).all() and not dx[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["z_loss", "logit_scale"])
+def test_numbers_are_numbers_in_the_usual_call_too(name, library):
+    x, target = make(3, 4)
+    for value in (torch.tensor(float(name != "z_loss"), requires_grad=True), name != "z_loss", torch.zeros(2)):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got"):
+            cross_entropy(x, target, **{name: value})
+
+
+def test_options_of_modules_are_attributes(library):
+    x, target = make(3, 4)
+    module = modules.CrossEntropyLoss(ignore_index=-100)
+    module.reduction = "none"
+    assert module.ignore_index == -100 and module(x, target).shape == (3,)
 
 
 def test_gradcheck_of_logprobs(library):

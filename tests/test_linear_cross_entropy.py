@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.timing import _second_call
 from cross_entropy_cases import OPTIONS, REDUCTIONS, check_samples, formula, grads_of
 from judge import assert_close
-from minkernels import cross_entropy, linear_cross_entropy, linear_token_logprobs, token_logprobs
+from minkernels import cross_entropy, linear_cross_entropy, linear_token_logprobs, modules, token_logprobs
 from minkernels.cross_entropy._options import Options, coefficients
 from minkernels.linear_cross_entropy import reference
 
@@ -32,6 +32,7 @@ def make(N, H, V, positions, dtype=torch.float32, probs=False, ignored=True):
     target = torch.rand(N, V, *positions).to(dtype) if probs else torch.randint(0, V, (N, *positions))
     if ignored and not probs:
         target.view(-1)[1::3] = -100
+        target[1:2] = -100  # at every position
     return [t.to(dtype) for t in tensors], target
 
 
@@ -50,7 +51,7 @@ def check(backend, shape, dtype, options, reduction, what):
     (input, weight, bias), target = make(*sizes, dtype=dtype, probs=probs)
     class_weight = torch.rand(len(weight), dtype=wide) + 0.5 if options.pop("weight", False) else None
     x = Options(**options)
-    spoilt = input if probs or target.dim() > 1 else input.masked_fill((target == -100)[:, None], math.nan)
+    spoilt = input if probs else input.masked_fill((target == -100).view(len(input), -1).all(1, keepdim=True), math.nan)
     dloss = (torch.rand(input[:, :0].shape[:1] + weight.shape[1:-1] if reduction == "none" else ()) - 0.3).to(wide)
     budget = rows * weight.shape[:-1].numel() * input.element_size()
 
@@ -274,6 +275,11 @@ def test_compile(backend, library):
         ours, theirs = (grads_of(lambda *t: f(*t, target), leaves, torch.ones(())) for f in (compiled, step))  # noqa: B023
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_export_of_a_module(library):
+    module, args = modules.LinearCrossEntropyLoss(8, 9, bias=True), (torch.randn(6, 8), torch.randint(0, 9, (6,)))
+    torch.testing.assert_close(torch.export.export(module, args).module()(*args), module(*args))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

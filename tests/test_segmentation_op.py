@@ -21,6 +21,33 @@ def test_gradcheck(loss_of, reduction, library):
     assert torch.autograd.gradcheck(lambda x: loss_of(x, t, mask=mask, reduction=reduction), (x.requires_grad_(),))
 
 
+@pytest.mark.parametrize("loss_of", [bce_with_logits, bce_dice_loss])
+def test_a_hidden_gradient_of_the_target_is_refused(loss_of, library):
+    x = torch.randn(5, 2, 3, 4)
+    with pytest.raises(ValueError, match="target requires a gradient, and there is none for it"):
+        torch.func.grad(lambda t: torch.vmap(loss_of)(x, t).sum())(x.sigmoid())
+
+
+def test_masked_elements_have_no_gradient_whatever_comes_from_above(library):
+    x, keep = torch.randn(2, 3, requires_grad=True), torch.tensor([True, False, True])
+    loss = bce_with_logits(x, torch.zeros(2, 3), mask=keep)
+    for _ in range(2):
+        (dx,) = torch.autograd.grad(loss, x, torch.tensor(math.inf), retain_graph=True)
+        assert (dx[:, 1] == 0).all() and dx[:, 0].isinf().all()
+
+
+def test_buffers_broadcast_in_a_dynamic_graph(library):
+    loss = modules.BCEWithLogitsLoss(weight=torch.rand(9), pos_weight=torch.rand(9))
+    x, t = torch.randn(6, 9), torch.rand(6, 9)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x, t, mask=torch.ones(9).bool()), loss(x, t))
+
+
+def test_a_mask_of_dice_broadcasts(library):
+    x, t, mask = torch.randn(3, 3, 4, 4), torch.rand(3, 3, 4, 4), torch.tensor([True, False, True]).view(3, 1, 1)
+    torch.testing.assert_close(bce_dice_loss(x, t, mask=mask), bce_dice_loss(x[:, ::2], t[:, ::2]))
+
+
 @losses
 def test_loss_of_16_bit_logits_is_fp32(loss_of, library):
     x, t = make((2, 3, 4, 5), torch.bfloat16)

@@ -335,8 +335,9 @@ def test_fast_paths_come_to_us():
 @pytest.mark.parametrize("name", ["cross_entropy", "binary_cross_entropy_with_logits"])
 def test_a_loss_of_what_is_no_tensor_fails_as_before(name):
     loss, target = getattr(F, name), torch.rand(2, 4)
-    with pytest.raises(Exception) as theirs:
-        loss([1.0], target)
-    with minkernels.swapped(), pytest.raises(theirs.type) as found:
-        loss([1.0], target)
-    assert str(found.value) == str(theirs.value)
+    for args in ([1.0], target), (None, target), (target, None), (target.to_sparse(), target):
+        with pytest.raises(Exception) as theirs:
+            print(loss(*args))
+        with minkernels.swapped(), pytest.raises(theirs.type) as found:
+            print(loss(*args))
+        assert str(found.value) == str(theirs.value)

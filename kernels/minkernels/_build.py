@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library loads under every torch since
 FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
+GCC = 12  # the oldest that has __builtin_shufflevector
 EXACT = {"nms", "soft_nms", "yolo"}  # sources whose decisions have the same bits everywhere: no product is contracted with a sum
 SLOWEST = {"attention", "attention_16bit", "boxes", "cross_entropy", "segmentation"}  # to compile: begun first, none is left alone
 ARCHES = 80, 90, 100, 120  # of the CUDA kernels, those that the nvcc here knows; the newest as PTX too, for what comes after it
@@ -169,12 +171,22 @@ def _quote(path) -> str:
 
 def _compiler() -> str:
     asked = shlex.split(os.environ.get("CXX", ""))
-    for command in [asked] if asked else (["g++"], ["c++"], ["clang++"]):
+    for command in [asked] if asked else (["g++"], ["c++"]):
         if shutil.which(command[0]):
+            _check_compiler(command)
             return " ".join(map(_quote, command))
     if asked:
         raise RuntimeError(f"CXX names no program that runs: {asked[0]}")
-    raise RuntimeError("no C++ compiler: install g++ (Debian, Ubuntu: apt install g++), or name one in CXX")
+    raise RuntimeError("no C++ compiler: install g++ 12 or newer (Debian, Ubuntu: apt install g++), or name one in CXX")
+
+
+def _check_compiler(command: list[str]):
+    """The kernels are in GCC's vectors, shuffles and targets by pragma. What does not say what it is, the build itself may judge."""
+    known = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    version = re.search(r"^#define __GNUC__ (\d+)", known.stdout, re.MULTILINE)
+    found = "clang" if "#define __clang__ " in known.stdout else f"g++ {version[1]}" if version and int(version[1]) < GCC else ""
+    if found:
+        raise RuntimeError(f"{' '.join(command)} is {found}, and the C++ library needs g++ {GCC} or newer: name one in CXX")
 
 
 def _own_flags() -> str:

@@ -72,7 +72,10 @@ def info() -> Info:
     if triton is None:
         missing.append("Triton, which the GPU kernels need: pip install triton")
     cuda = f"Triton {triton}" if triton else "none: no Triton"
-    devices = {"CPU": cpu, "CUDA": cuda + ("" if gpus else ", once there is a device")}
+    if triton and not gpus:
+        built = torch.version.cuda or torch.version.hip
+        cuda = f"{cuda}, once there is a device" if built else "none: this torch is built without CUDA"
+    devices = {"CPU": cpu, "CUDA": cuda}
     return Info(
         version=minkernels.__version__,
         python=platform.python_version(),

@@ -112,10 +112,24 @@ def autocast_dtype(t: Tensor) -> torch.dtype | None:
 
 def traceable(*args):
     """args. In a graph of a functorch transform, views of the tensors among them: torch.compile says of the transform's own inputs that
-    they require no gradient, and needs_grad() would believe it."""
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return tuple(a.view_as(a) if isinstance(a, Tensor) else a for a in args)
-    return args
+    they require no gradient, and needs_grad() would believe it. In any graph, of a tensor that is given twice: it takes none twice."""
+    if not torch.compiler.is_compiling():
+        return args
+    every, distinct = torch._C._are_functorch_transforms_active(), []
+    for a in args:
+        again = every
+        for b in distinct:
+            again = again or a is b
+        distinct.append(a.view_as(a) if again and isinstance(a, Tensor) else a)
+    return tuple(distinct)
+
+
+def no_gradient(ctx, **places: int):
+    """For a backward: raises where a gradient is wanted of an argument that has none. The check before the forward cannot see it under
+    vmap, nor in a graph of a functorch transform."""
+    for name, place in places.items():
+        if ctx.needs_input_grad[place]:
+            raise ValueError(f"{name} requires a gradient, and there is none for it: detach it")
 
 
 def apply(function: type[torch.autograd.Function], *args):

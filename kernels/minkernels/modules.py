@@ -14,7 +14,13 @@ class _Loss(nn.Module):
 
     def __init__(self, **options):
         super().__init__()
-        self.options = options
+        self.names = tuple(options)
+        for name, value in options.items():  # attributes, as PyTorch's modules have them: set anew, they count
+            setattr(self, name, value)
+
+    @property
+    def options(self):
+        return {name: getattr(self, name) for name in self.names}
 
     def extra_repr(self):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -104,7 +104,6 @@ static void list_sequences(Attention& a, Lists& lists, const Options& x) {
     }
     s.off = x.top_left ? 0 : s.N - s.M;
     if (x.key_mask) hide_keys(s, *x.key_mask, lists.keys.data() + b * (2 * a.N + 1));
-    a.longest = std::max(a.longest, s.M), a.most_keys = std::max(a.most_keys, s.N);
   }
   a.sequences = lists.sequences.data(), a.count = count;
 }
@@ -168,13 +167,15 @@ static bool worth_local(const Attention& a, const std::vector<int32_t>& order) {
   return rounds >= 4 && std::ceil(rounds) <= 1.1 * rounds;
 }
 
-// The sequences, those that take longest first.
-static std::vector<int32_t> in_order(const Attention& a) {
-  std::vector<int32_t> order(a.count);
-  std::iota(order.begin(), order.end(), 0);
-  const auto size = [&](int32_t i) { return a.sequences[i].M * a.sequences[i].N; };
-  if (a.most_keys > SHORT) std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return size(i) > size(j); });
-  return order;
+// Lists of sequences that are run one after the other. Where they are packed, the short ones are by themselves: beside long ones, whose
+// heads are not taken whole, the packed keys of each would be padded to a panel.
+static std::vector<std::vector<int32_t>> parts_of(const Attention& a, bool in_turn, bool packed) {
+  std::vector<std::vector<int32_t>> parts(in_turn ? a.count : 2);
+  for (int32_t i = 0; i < a.count; i++) {
+    const Sequence& s = a.sequences[i];
+    parts[in_turn ? i : packed && s.M <= SHORT && s.N <= SHORT].push_back(i);
+  }
+  return parts;
 }
 
 // The rows that a key head is made from; none if they would push the operands of another one out of the cache.
@@ -269,30 +270,35 @@ static void run_blocks(Attention& a, const std::vector<int32_t>& order, const At
   if (a.splits > 1) phase(blocks, kernels.merge);
 }
 
-static void run(Attention& a, const Options& x, bool backward) {
-  Lists lists;
-  list_sequences(a, lists, x);
+static void run_part(Attention& a, Lists& lists, std::vector<int32_t> order, bool backward) {
   double scores = 0;
-  for (const Sequence& s : lists.sequences) scores += double(s.M) * double(s.N);
+  a.longest = a.most_keys = 0;
+  for (int32_t i : order) {
+    const Sequence& s = a.sequences[i];
+    a.longest = std::max(a.longest, s.M), a.most_keys = std::max(a.most_keys, s.N), scores += double(s.M) * double(s.N);
+  }
   a.flops = 2.0 * a.H * scores * (a.D + a.Dv) * (backward ? 2.5 : 1);
+  const auto size = [&](int32_t i) { return a.sequences[i].M * a.sequences[i].N; };  // those that take longest first
+  if (a.most_keys > SHORT) std::stable_sort(order.begin(), order.end(), [&](int32_t i, int32_t j) { return size(i) > size(j); });
   const AttentionRoads& roads = roads_for(a.dtype);
   const bool short_backward = backward && roads.takes_short(a);
   const AttentionKernels& kernels = !backward ? roads.forward : short_backward ? roads.short_backward : roads.backward;
   a.fold = !backward && a.H > a.Hkv && a.longest * a.group <= kernels.queries;
-  const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
   const bool short_heads = a.most_keys <= SHORT && a.longest <= SHORT && (a.fold || a.group == 1) && !a.every_b && !a.every_h;
+  place(a, lists, order, kernels, true);
+  if (short_backward || (short_heads && !a.stream) || worth_local(a, order)) return run_heads(a, order, kernels, backward);
+  place(a, lists, order, kernels, false);
+  run_blocks(a, order, kernels, backward);
+}
+
+static void run(Attention& a, const Options& x, bool backward) {
+  Lists lists;
+  list_sequences(a, lists, x);
+  // packed keys lie elsewhere in each entry of the batch, so its blocks are other columns of dbias
+  const bool in_turn = a.every_b && std::any_of(lists.sequences.begin(), lists.sequences.end(), [](const Sequence& s) { return s.keys; });
   if (in_turn) a.every_b = false;
-  const auto run_some = [&](const std::vector<int32_t>& order) {
-    place(a, lists, order, kernels, true);
-    if (short_backward || (short_heads && !a.stream) || worth_local(a, order)) return run_heads(a, order, kernels, backward);
-    place(a, lists, order, kernels, false);
-    run_blocks(a, order, kernels, backward);
-  };
-  const std::vector<int32_t> order = in_order(a);
-  if (!in_turn)
-    run_some(order);
-  else  // packed keys lie elsewhere in each entry of the batch, so its blocks are other columns of dbias
-    for (int32_t i : order) run_some({i});
+  for (const std::vector<int32_t>& part : parts_of(a, in_turn, bool(x.cu_seqlens_q)))
+    if (!part.empty()) run_part(a, lists, part, backward);
 }
 
 // As like() and lse_like() of attention/_options.py.

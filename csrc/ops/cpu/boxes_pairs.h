@@ -54,7 +54,7 @@ INLINE void pair_rows(const Pairs& p, int64_t set, int64_t i, int64_t first, int
 
 template <int KIND, class A>
 static void pairs(const Pairs& p, int64_t task, char* scratch) {
-  constexpr int ROWS = 4;  // at a time: columns are loaded once for both
+  constexpr int ROWS = 4;  // at a time: columns are loaded once for all
   A* columns = (A*)scratch;
   int64_t across = (p.M + COLUMNS - 1) / COLUMNS, down = (p.N + p.rows - 1) / p.rows;
   int64_t first = task % across * COLUMNS, n = min(COLUMNS, p.M - first), set = task / across / down;

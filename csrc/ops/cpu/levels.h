@@ -17,7 +17,7 @@ namespace minkernels::plain {
 }  // namespace minkernels::plain
 #undef LEVEL_BYTES
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
 #define LEVELS(...) \
   {minkernels::plain::__VA_ARGS__, minkernels::avx2::__VA_ARGS__, minkernels::avx512::__VA_ARGS__, minkernels::avx512_bf16::__VA_ARGS__}
 #define WIDE_LEVELS(...) \

@@ -22,7 +22,7 @@ namespace minkernels {
 static const char* const level_names[] = {"plain", "avx2", "avx512", "avx512_bf16"};  // in the order of LEVELS
 
 static int best_level() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl"))
@@ -263,7 +263,7 @@ static std::string build_info() { return "compiler " __VERSION__ ", stable ABI "
 
 }  // namespace minkernels
 
-// The library's private operators: Python's CPU functions call them after every check was made. Outputs are allocated above.
+// The library's private operators; those of the ops themselves are registered beside their code.
 STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
   m.def("_cpu_features() -> str");
   m.def("_cpu_level() -> str");

@@ -8,7 +8,7 @@ template <class C>
 struct vector {
   static constexpr int lanes = LEVEL_BYTES / sizeof(C);
   typedef C type __attribute__((vector_size(LEVEL_BYTES)));
-  typedef C loose __attribute__((vector_size(LEVEL_BYTES), aligned(alignof(C)), may_alias));  // at any address
+  typedef C loose __attribute__((vector_size(LEVEL_BYTES), aligned(1), may_alias));  // at any address
 };
 template <class C>
 using vec = typename vector<C>::type;
@@ -112,7 +112,7 @@ INLINE f32 exp2(f32 x) {
 #if LEVEL_BYTES == 64
   return (f32)_mm512_scalef_ps((__m512)p, (__m512)(x - r));
 #else
-  return p * (f32)(((i32)t << 23) + 0x3f800000);
+  return p * (f32)(((u32)t << 23) + 0x3f800000u);
 #endif
 }
 INLINE f64 exp2(f64 x) {                        // the same in double: degree 12, relative error 4e-20 before rounding; 0 below -1022.5
@@ -132,7 +132,7 @@ INLINE f64 exp2(f64 x) {                        // the same in double: degree 12
   p = p * r + splat(2.40226506959100716e-1);
   p = p * r + splat(6.93147180559945308e-1);
   p = p * r + splat(1.0);
-  return p * (f64)(((i64)t << 52) + 0x3ff0000000000000);
+  return p * (f64)(((vec<uint64_t>)t << 52) + 0x3ff0000000000000u);
 }
 
 #if LEVEL_BYTES == 64

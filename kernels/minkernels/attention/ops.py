@@ -57,6 +57,7 @@ def attention(
     Raises: ValueError for shapes or values that do not fit; TypeError for mixed or unsupported dtypes and devices.
     Source: FlashAttention-2, Dao 2023, arXiv:2307.08691, algorithms 1 and 2.
     """
+    q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v, 4, "(batch, heads, length, head dim)")
     if key_mask is not None or kv_lens is not None or mask is not None or bias is not None:
         bias, key_mask, kv_lens, mask = _lower_masks(q, k, bias, key_mask, kv_lens, mask)
@@ -92,6 +93,7 @@ def attention_varlen(
     Returns: (T, H, Dv), and with return_lse also lse, (T, H).
     Raises: as attention; for CPU tensors ValueError also if cu_seqlens fall or do not end at the length: on a GPU that is asserted.
     """
+    q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v, 3, "(length, heads, head dim)")
     for name, cu, longest in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
         count = cu_seqlens_q.numel() if isinstance(cu_seqlens_q, Tensor) else 0
@@ -105,10 +107,17 @@ def attention_varlen(
     return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
 
 
+def _autocast(*tensors):
+    """Before they are checked: they may be of several dtypes."""
+    if not torch._C._is_any_autocast_enabled():  # before the rest, which most calls need not look at
+        return tensors
+    if not all(isinstance(t, Tensor) and t.dtype in FLOATS and t.dtype != torch.float64 for t in tensors):
+        return tensors
+    low = autocast_dtype(tensors[0])
+    return tensors if low is None else tuple(t.to(low) for t in tensors)
+
+
 def _attend(q, k, v, return_lse, options):
-    low = autocast_dtype(q)
-    if low is not None and q.dtype != torch.float64:
-        q, k, v = (t.to(low) for t in (q, k, v))
     args = traceable(q, k, v, *options)
     o, lse = apply(_Attention, *args) if needs_grad(*args[:5]) else _fwd(*args)
     return (o, lse.to(torch.promote_types(q.dtype, torch.float32))) if return_lse else o

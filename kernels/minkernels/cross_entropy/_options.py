@@ -59,6 +59,12 @@ def is_ignored(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() == ignore_index
 
 
+def all_ignored(target: Tensor, ignore_index: int) -> Tensor:
+    """(N,) the rows without a label that counts, of (N,) or (N, D)."""
+    ignored = is_ignored(target, ignore_index)
+    return ignored if target.dim() == 1 else ignored.all(1)
+
+
 def check_labels(target: Tensor, V: int, ignore_index: int) -> None:
     """Raises the one error that only the data can show: the first label that names no class."""
     if is_labels(target):

@@ -1,5 +1,6 @@
 """Fused softmax losses: what they promise."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from minkernels._checks import (
     check_tensor,
     on_one_device,
 )
-from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
+from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._options import (
     LABELS,
@@ -85,7 +86,8 @@ def cross_entropy(
     know the upstream gradient well enough (float16 under a loss scale) or is not eager, the backward recomputes it.
     Source: Online normalizer calculation for softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
-    if weight is softcap is group is None and z_loss == 0.0 and logit_scale == 1.0 and empty == "nan":
+    numbers = type(z_loss) is type(logit_scale) is float and z_loss == 0.0 and logit_scale == 1.0
+    if numbers and weight is softcap is group is None and type(empty) is str and empty == "nan":
         loss = usual_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss
@@ -334,19 +336,29 @@ scale_ = define(
 )
 
 
+_probs_grad = once_differentiable(lambda input, target, weight, stats, k, *x: probs_grad(input, target, weight, stats, k, Options(*x)))
+
+
 def may_hand_out(dloss: Tensor) -> bool:
     """Whether a backward may give the gradient that the forward has written: not where a derivative of it is wanted, which would be
-    taken for 0, and not where there are many upstream gradients at once."""
+    taken for 0, nor where there are many upstream gradients at once, nor, if that can be seen, for one that is not finite: what is
+    ignored would be 0 * inf, NaN."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return False
-    return not torch._C._functorch.is_legacy_batchedtensor(dloss)  # of autograd.grad(is_grads_batched=True)
+    if torch._C._functorch.is_legacy_batchedtensor(dloss):  # of autograd.grad(is_grads_batched=True)
+        return False
+    return not _is_number(dloss) or math.isfinite(dloss.item())
 
 
 def scale(grad: Tensor, dloss: Tensor):
     """grad *= dloss, in place. That dloss is 1 is seen here if it may be: to call an operator takes longer than a small loss."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
-    if not (type(dloss) is Tensor and dloss.is_cpu and not traced and dloss.item() == 1):
+    if not (_is_number(dloss) and dloss.item() == 1):
         scale_(grad, dloss)
+
+
+def _is_number(dloss: Tensor) -> bool:
+    """Whether its value may be looked at: it is there, and to look is to wait for nothing."""
+    return type(dloss) is Tensor and dloss.is_cpu and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -370,6 +382,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _dstats, _dgrad):
         if dloss is None:
             return (None,) * 11
+        no_gradient(ctx, weight=2)
         dtarget = grad = None
         if ctx.grad is not None and may_hand_out(dloss):  # once: a later backward recomputes, and changes nothing given before
             grad, ctx.grad = ctx.grad, None
@@ -381,7 +394,7 @@ class _CrossEntropy(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad = softmax_grad(input, target, weight, k, *x)
             if ctx.needs_input_grad[1]:
-                dtarget = probs_grad(input, target, weight, stats, k, Options(*x))
+                dtarget = _probs_grad(input, target, weight, stats, k, *x)
         return grad, dtarget, *(None,) * 9
 
 

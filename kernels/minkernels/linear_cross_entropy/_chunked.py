@@ -59,6 +59,7 @@ class Gradients:
         return tuple(self.chunks.input.new_empty(0) if t is None else t for t in (self.dinput, self.dweight, dbias))
 
 
+@torch.no_grad()  # an exported graph calls the operators with gradients on, and products into `out` refuse them
 def fwd(kernels, input, linear_weight, target, linear_bias, weight, *options):
     *x, reduction, empty_zero, memory_budget, dinput, dweight, dbias = options
     x, V, N = Options(*x), len(linear_weight), len(input)
@@ -84,6 +85,7 @@ def fwd(kernels, input, linear_weight, target, linear_bias, weight, *options):
     return loss, expand(stats, kept, N), *grads.result(kept, all_input)
 
 
+@torch.no_grad()
 def stats(kernels, input, linear_weight, target, linear_bias, weight, *options):
     *x, shard, entropy, memory_budget = options
     if not shard:
@@ -99,6 +101,7 @@ def stats(kernels, input, linear_weight, target, linear_bias, weight, *options):
     return expand(torch.cat(stats), kept, N), expand(argmax, kept, N, -1) if entropy else argmax
 
 
+@torch.no_grad()
 def grad(kernels, input, linear_weight, target, linear_bias, weight, coefficients, stats, *options):
     """stats: where the gradient of a target that is probabilities is wanted."""
     *x, memory_budget, dinput, dweight, dbias = options

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from minkernels.cross_entropy import _cpu as kernels
-from minkernels.cross_entropy._options import check_labels, is_ignored, is_labels
+from minkernels.cross_entropy._options import all_ignored, check_labels, is_labels
 from minkernels.linear_cross_entropy import _chunked
 
 CHUNK_BYTES = 16 << 20  # of logits
@@ -48,14 +48,17 @@ class Sum:
             self.out.copy_(self.wide)
 
 
-def compact(target, ignore_index, *tensors):
-    """The rows that count, and where they were; None where all do."""
-    if is_labels(target) and target.dim() == 1:
-        counts = ~is_ignored(target, ignore_index)
-        if not counts.all():
-            kept = counts.nonzero()[:, 0]
-            return kept, [t[kept] for t in tensors]
-    return None, tensors
+def compact(target, ignore_index, input, *tensors):
+    """The rows that count, and where they were; None where all do. With positions all rows, those that count at none without what they
+    may hold: 0 * NaN is NaN."""
+    if is_labels(target):
+        ignored = all_ignored(target, ignore_index)
+        if ignored.any():
+            if target.dim() > 1:
+                return None, (input.masked_fill(ignored[:, None], 0.0), *tensors)
+            kept = (~ignored).nonzero()[:, 0]
+            return kept, [t[kept] for t in (input, *tensors)]
+    return None, (input, *tensors)
 
 
 _road = SimpleNamespace(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from minkernels.cross_entropy import _triton as kernels
-from minkernels.cross_entropy._options import is_ignored, is_labels
+from minkernels.cross_entropy._options import all_ignored, is_labels
 from minkernels.linear_cross_entropy import _chunked
 
 CHUNK_BYTES = 1 << 30  # of logits
@@ -37,8 +37,8 @@ class Sum:
 
 def compact(target, ignore_index, input, *tensors):
     """All rows, since how many count only the device knows; the others without what they may hold: 0 * NaN is NaN."""
-    if is_labels(target) and target.dim() == 1:
-        input = input.masked_fill(is_ignored(target, ignore_index)[:, None], 0.0)
+    if is_labels(target):
+        input = input.masked_fill(all_ignored(target, ignore_index)[:, None], 0.0)
     return None, (input, *tensors)
 
 

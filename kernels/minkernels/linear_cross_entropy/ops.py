@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minkernels._checks import check_floats, check_int, check_reduction
-from minkernels._library import apply, autocast_dtype, define, needs_grad, once_differentiable, traceable
+from minkernels._library import apply, autocast_dtype, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
@@ -273,6 +273,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 16
+        no_gradient(ctx, weight=4)
         dtarget = None
         if ctx.grads is not None and may_hand_out(dloss):  # once, as in cross_entropy
             (dinput, dweight, dbias), early, ctx.grads = ctx.grads, ctx.grads, None

@@ -3,7 +3,7 @@
 import torch
 
 from minkernels.cross_entropy import reference
-from minkernels.cross_entropy._options import Options, accumulator, coefficients, is_ignored, is_labels, probs_grad
+from minkernels.cross_entropy._options import Options, accumulator, all_ignored, coefficients, is_labels, probs_grad
 
 
 def fwd(input, linear_weight, target, linear_bias, weight, *options):
@@ -39,9 +39,7 @@ def grad(input, linear_weight, target, linear_bias, weight, coefficients, stats,
 
 def _hide(input, target, ignore_index):
     """Zeros in the rows that are ignored: they may hold NaN, and 0 * NaN is NaN."""
-    if not is_labels(target) or target.dim() > 1:
-        return input
-    return input.masked_fill(is_ignored(target, ignore_index)[:, None], 0.0)
+    return input.masked_fill(all_ignored(target, ignore_index)[:, None], 0.0) if is_labels(target) else input
 
 
 def _logits(input, linear_weight, linear_bias):

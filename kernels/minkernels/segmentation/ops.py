@@ -14,7 +14,7 @@ from minkernels._checks import (
     check_tensor,
     on_one_device,
 )
-from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
+from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy.ops import grad_early, may_hand_out, scale
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
@@ -142,7 +142,7 @@ def bce_dice_loss(
             NaN if no element counts, and the gradient 0.
     Returns: a scalar, or for "none" (N, C) or, for per="batch", (C,); float32 for 16-bit logits, else the dtype of the input.
     Raises: as bce_with_logits; IndexError on the CPU also for a class out of range.
-    Memory: three numbers for each entry, and four for each 16384 elements, are kept or used on top of the gradient.
+    Memory: three numbers for each entry, and four for each 16384 elements (1024 on a GPU), are kept or used on top of the gradient.
     Source: V-Net, Milletari et al. 2016, arXiv:1606.04797 (squared); nnU-Net, Isensee et al. 2018, arXiv:1809.10486.
     """
     _check_input(input, 2)
@@ -165,8 +165,8 @@ def bce_dice_loss(
         _check_weights(input, "pos_weight", pos_weight)
         if pos_weight.shape != input.shape[1:2]:
             raise ValueError(f"pos_weight must be (C={input.shape[1]},), got {tuple(pos_weight.shape)}")
-    if isinstance(mask, Tensor) and mask.dim() == input.dim() - 1:
-        mask = mask.unsqueeze(1)  # (N, *spatial)
+    if isinstance(mask, Tensor) and not mask.is_nested and mask.shape == (input.shape[0], *input.shape[2:]):
+        mask = mask.unsqueeze(1)
     args = traceable(input, target, pos_weight, _mask(input, mask), *map(float, numbers), squared, per == "image", reduction)
     return (apply(_BCEDice, *args) if needs_grad(args[0]) else _bce_dice_fwd(*args))[0]
 
@@ -226,8 +226,9 @@ def _mask(input, mask):
 
 def _expand(input, name, t):
     missing = input.dim() - t.dim()
-    if missing < 0 or any(n not in (1, input.shape[missing + i]) for i, n in enumerate(t.shape)):
-        raise ValueError(f"{name} must broadcast to input {tuple(input.shape)}, got {tuple(t.shape)}")
+    for i, n in enumerate(t.shape):
+        if missing < 0 or (n != 1 and n != input.shape[missing + i]):
+            raise ValueError(f"{name} must broadcast to input {tuple(input.shape)}, got {tuple(t.shape)}")
     return t.expand(input.shape)
 
 
@@ -276,6 +277,7 @@ class _SigmoidLoss(torch.autograd.Function):
     def backward(ctx, dloss, _dscale, _dgrad):
         if dloss is None:
             return (None,) * 9
+        no_gradient(ctx, target=1, weight=2, pos_weight=3)
         if ctx.grad is None or not may_hand_out(dloss):
             grad = _sigmoid_loss_bwd(dloss, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
         else:  # once: a later backward recomputes, and changes nothing given before
@@ -325,5 +327,6 @@ class _BCEDice(torch.autograd.Function):
     def backward(ctx, dloss, _dfactors):
         if dloss is None:
             return (None,) * 10
+        no_gradient(ctx, target=1, pos_weight=2)
         *tensors, factors = ctx.saved_tensors
         return _bce_dice_bwd(*tensors, factors * dloss[..., None], ctx.squared), *(None,) * 9

@@ -112,7 +112,7 @@ def cross_entropy(
     input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean", label_smoothing=0.0
 ) -> Tensor | None:
     if not (weight is size_average is reduce is None and type(input) is type(target) is Tensor):
-        if size_average is not None or reduce is not None or not _plain(input, target, weight):
+        if input is None or target is None or size_average is not None or reduce is not None or not _plain(input, target, weight):
             return None
         if weight is not None and weight.dtype != input.dtype:
             return None
@@ -131,7 +131,9 @@ def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
 ) -> Tensor | None:
     if not (weight is pos_weight is size_average is reduce is None and type(input) is type(target) is Tensor):
-        if size_average is not None or reduce is not None or not _plain(input, target, weight, pos_weight):
+        if input is None or target is None or size_average is not None or reduce is not None:
+            return None
+        if not _plain(input, target, weight, pos_weight):
             return None
         if any(t is not None and t.dtype != input.dtype for t in (weight, pos_weight)):
             return None
@@ -149,7 +151,10 @@ def _cross_entropy(args, kwargs) -> Tensor | None:
     if not kwargs["weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
         return None
     input, target = args
-    return usual_cross_entropy(input, target, kwargs["ignore_index"], kwargs["reduction"], kwargs["label_smoothing"])
+    try:
+        return usual_cross_entropy(input, target, kwargs["ignore_index"], kwargs["reduction"], kwargs["label_smoothing"])
+    except TypeError:  # a layout that the operator has not; nothing was computed
+        return None
 
 
 def _binary_cross_entropy_with_logits(args, kwargs) -> Tensor | None:
@@ -158,7 +163,10 @@ def _binary_cross_entropy_with_logits(args, kwargs) -> Tensor | None:
     if not kwargs["weight"] is kwargs["pos_weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
         return None
     input, target = args
-    return usual_bce(input, target, kwargs["reduction"])
+    try:
+        return usual_bce(input, target, kwargs["reduction"])
+    except TypeError:  # the same
+        return None
 
 
 # The calls that most losses are, as __torch_function__ is given them: it takes longer to unpack the keywords than to look at them.
@@ -194,6 +202,8 @@ def _plain(*tensors) -> bool:
     for t in tensors:
         kind = type(t)
         if kind not in PLAIN and not kind.__module__.startswith("torch._subclasses."):
+            return False
+        if t is not None and t.layout != torch.strided:
             return False
     return True
 

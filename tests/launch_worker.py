@@ -7,6 +7,7 @@ triton.jit does it, then as it was remembered. Says how long the host takes for 
 
 import ctypes
 import os
+import sys
 import time
 
 lib = ctypes.CDLL(os.path.join(os.environ["TRITON_LIBCUDA_PATH"], "libcuda.so.1"), ctypes.RTLD_GLOBAL)
@@ -25,6 +26,7 @@ from minkernels.attention._options import Options  # noqa: E402
 from minkernels.boxes import _triton as boxes  # noqa: E402
 from minkernels.cross_entropy import _triton as cross_entropy  # noqa: E402
 from minkernels.cross_entropy._options import Options as SoftmaxOptions  # noqa: E402
+from minkernels.nms import _triton as nms  # noqa: E402
 from minkernels.segmentation import _triton as segmentation  # noqa: E402
 from minkernels.soft_nms import _triton as soft_nms  # noqa: E402
 from minkernels.yolo import _triton as yolo  # noqa: E402
@@ -60,29 +62,38 @@ CALLS = {
     "decoding": lambda: attention.fwd(q[:, :, :1], kv, kv, *masked),
     "merge_attention": lambda: merge.bwd(*merge.fwd(q, q[..., 0], q, q[..., 0]), q, q[..., 0], q, q[..., 0]),
     "cross_entropy": lambda: cross_entropy.fwd(x, ids, None, *SoftmaxOptions(), "mean", False, True),
+    "cross_entropy of few long rows": lambda: cross_entropy.fwd(empty(2, 200000), ids, None, *SoftmaxOptions(), "mean", False, True),
     "its gradient": lambda: cross_entropy.grad(x, ids, ones(1000), empty(2, 5), *SoftmaxOptions(softcap=2.0, ignore_index=-1)),
     "its scale": lambda: cross_entropy.scale_(x, ones(())),
     "bce": lambda: segmentation.sigmoid_loss_fwd(image, image, None, None, None, -1.0, 0.0, "none", False),
     "bce_dice": lambda: segmentation.bce_dice_fwd(image, image, None, None, 1.0, 1.0, 1.0, False, False, "mean"),
+    "its gradient of each entry": lambda: segmentation.bce_dice_bwd(image, image, None, None, empty(1, 3), False),
     "pairs": lambda: boxes.pairs_bwd(boxes.pairs_fwd(some, some, "iou", "xyxy", 0.0), some, some, "iou", "xyxy", 0.0, True, True),
     "match": lambda: boxes.match(some, some, "xyxy"),
     "loss": lambda: boxes.loss_bwd(boxes.loss_fwd(some[0], some[1], "giou", "xyxy", 0.0, "sum"), *some, "giou", "xyxy", 0.0, True, False),
+    "nms of two tiles": lambda: nms.nms_padded(empty(2, 1500, 4), empty(2, 1500), None, 0.5, 0.1, 300, True),
+    "matrix_nms": lambda: soft_nms.matrix_nms(some, scores, labels, "linear", 0.5, 0.01, 300),
     "soft_nms": lambda: soft_nms.soft_nms(some, scores, labels, "linear", 0.3, 0.5, 0.01, 300),
     "yolo_detect": lambda: yolo.detect(zeros(2, 84, 8400), *detect),
+    "yolo_detect of one label": lambda: yolo.detect(zeros(2, 84, 8400), *detect._replace(multi_label=False)),
     "yolo_loss": lambda: yolo_loss.loss_fwd(empty(2, 7, 7, 30), empty(2, 7, 7, 4), zeros(2, 7, 7, dtype=torch.int64), 2, 5.0, 0.5, "sum"),
 }
 
 
 def main():
     driver.set_active(Driver())
-    asked, run = [], JITFunction.run
+    asked, launched, run, launch = [], set(), JITFunction.run, Kernel.launch
 
     def counted(self, *args, **kwargs):
         asked.append(self.__name__)
         return run(self, *args, **kwargs)
 
-    JITFunction.run = counted
-    attention._arch, attention._processors, cross_entropy._processors = lambda device: "sm_90", lambda device: 132, lambda device: 1
+    def noted(self, *args, **kwargs):
+        launched.add(self)
+        return launch(self, *args, **kwargs)
+
+    JITFunction.run, Kernel.launch = counted, noted
+    attention._arch, attention._processors, cross_entropy._processors = lambda device: "sm_90", lambda device: 132, lambda device: 132
     for name, call in CALLS.items():
         asked.clear()
         call()
@@ -98,6 +109,9 @@ def main():
             patch.setattr(Kernel, "__getitem__", lambda self, grid: self.jit[grid])
             by_triton = best(call)
         print(f"{name}: {remembered:.1f} us, by triton.jit {by_triton:.1f}", *first, sep="\n  ")
+    modules = [vars(module) for name, module in sys.modules.items() if name.startswith("minkernels.")]
+    every = {k for module in modules for k in module.values() if isinstance(k, Kernel)}
+    assert every == launched, f"never launched: {[k.jit for k in every - launched]}"
 
 
 def best(call):

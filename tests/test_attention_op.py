@@ -24,6 +24,21 @@ def test_a_tensor_given_twice_compiles(library):
         torch.testing.assert_close(torch.autograd.grad(compiled(*args).square().sum(), args), expected)
 
 
+@pytest.mark.parametrize("name", ["mask", "bias", "sinks", "key_mask"])
+def test_nested_arguments_are_refused(name, library):
+    q = torch.randn(1, 2, 3, 4)
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)])
+    with pytest.raises(TypeError, match=f"{name} must be a dense tensor, got a nested one"):
+        attention(q, q, q, **{name: nested})
+
+
+def test_the_largest_finite_bias(library):
+    q, k, v = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    bias = torch.zeros(4, 4)
+    bias[:, 1] = torch.finfo(torch.float32).max
+    assert torch.equal(attention(q, k, v, bias=bias), v[:, :, 1:2].expand_as(v))
+
+
 def test_autocast_takes_several_dtypes(library):
     q, v = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8).bfloat16()
     rows, cu = torch.randn(5, 2, 8), torch.tensor([0, 5])

@@ -47,7 +47,7 @@ INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i
   constexpr A least = same<A, double> ? A(-0x1p1022) : A(-0x1p126);
   auto read = [&](int64_t j, const auto* from) {
     const A bias = A(widen(*from)), scaled = bias * A(LOG2E);
-    to[j] = scaled < least && bias > -__builtin_inf() ? least : scaled;
+    to[j] = scaled < least && bias > -__builtin_inf() ? least : scaled > -least && bias < __builtin_inf() ? -least : scaled;
   };
   switch (a.bias_dtype) {
     case Dtype::f16: return for_row<const half>(a.bias, s, h, i, j0, keys, read);

@@ -205,7 +205,10 @@ static Kept& kept() {
   static Kept& all = *new Kept;
   return all;
 }
-void empty_cache() { kept().clear(); }
+static thread_local Memory spare;
+static thread_local size_t spare_size = 0;
+
+void empty_cache() { kept().clear(), spare.reset(), spare_size = 0; }
 
 Tensor empty_like(const Tensor& x) {
   Tensor like = fresh_like(x, x.scalar_type());  // for its strides: nothing touches its pages
@@ -223,9 +226,6 @@ Tensor empty_like(const Tensor& x) {
   block.memory.release();
   return result;
 }
-
-static thread_local Memory spare;
-static thread_local size_t spare_size = 0;
 
 Workspace::Workspace(size_t bytes) {
   if (spare_size < bytes) {

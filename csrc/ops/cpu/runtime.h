@@ -46,7 +46,7 @@ Tensor fresh_like(const Tensor& x, torch::headeronly::ScalarType dtype);
 // Like x, uninitialised, where an earlier such tensor lay, if one as large, or larger by up to a quarter, is gone: the system zeroes fresh
 // pages, which takes longer than most kernels take to fill them. Of less than 16 MB a fresh one: those malloc keeps itself.
 Tensor empty_like(const Tensor& x);
-void empty_cache();  // gives that memory back to the system
+void empty_cache();  // gives that memory back to the system, and what this thread's Workspace keeps
 
 constexpr size_t most_kept = 128 << 20;  // bytes that a thread keeps for its next call
 

@@ -201,10 +201,12 @@ def _check_qkv(q, k, v, dims, layout):
 
 
 def _check_tensor(name, t, shape, shown, dtypes, q):
+    if isinstance(t, Tensor):
+        check_tensor(name, t)  # a nested one has no shape
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be a {kinds} tensor, got {getattr(t, 'dtype', type(t).__name__)}")
-    if t.shape != shape:
+    if shape is not None and t.shape != shape:
         raise ValueError(f"{name} must be {shown.format(*shape)}, got {tuple(t.shape)}")
     if t.device != q.device:
         raise TypeError(f"{name} is on {t.device}, but q is on {q.device}")
@@ -212,7 +214,7 @@ def _check_tensor(name, t, shape, shown, dtypes, q):
 
 def _four(t, name, dtypes, full, q):
     """mask or bias in four dimensions, not expanded: a size of 1 stands for all."""
-    _check_tensor(name, t, getattr(t, "shape", None), "", dtypes, q)
+    _check_tensor(name, t, None, "", dtypes, q)
     shape = t.shape if t.dim() >= 4 else (1,) * (4 - t.dim()) + tuple(t.shape)
     for i, n in enumerate(shape):  # any() of a generator takes three times as long
         if i == 4 or (n != 1 and n != full[i]):

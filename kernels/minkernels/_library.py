@@ -155,7 +155,7 @@ def once_differentiable(op: Callable) -> Callable:
 
         @staticmethod
         def backward(ctx, *_):
-            raise RuntimeError(f"{op} has no derivative: second derivatives are not implemented")
+            raise RuntimeError(f"{getattr(op, '__name__', op)} has no derivative: second derivatives are not implemented")
 
     def call(*args):
         return apply(Once, *args) if needs_grad(*(a for a in args if isinstance(a, Tensor))) else op(*args)

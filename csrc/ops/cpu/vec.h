@@ -137,8 +137,8 @@ INLINE f64 exp2(f64 x) {                        // the same in double: degree 12
 
 #if LEVEL_BYTES == 64
 // e**x for x of at most 10000, and exactly 0 below -200: a power of 2 in sixteenths, of which a register holds a table, times a short
-// polynomial. n ln 2 is taken from x in two steps, the first of which is exact, and the relative error is under 1.3e-7; or in one, EXACT
-// or not, and it is 3e-9 |x| more.
+// polynomial. EXACT: n ln 2 is taken from x in two steps, the first of which is exact, and the relative error is under 1.3e-7. Else in one,
+// and it is up to 3e-9 |x| more.
 template <bool EXACT>
 INLINE f32 exp_by_table(f32 x) {
   constexpr float powers[] = {1.0f,        1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,

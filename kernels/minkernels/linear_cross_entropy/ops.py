@@ -7,19 +7,15 @@ from torch import Tensor
 
 from minkernels._checks import check_floats, check_int, check_reduction
 from minkernels._library import apply, autocast_dtype, define, needs_grad, no_gradient, once_differentiable, traceable
+from minkernels.cross_entropy._arguments import check_empty, check_target, check_weight, classes_in_all, options
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
-    check_empty,
-    check_target,
-    check_weight,
-    classes_in_all,
     grad_early,
     in_shape,
     logprob_coefficients,
     logprobs_of,
     may_hand_out,
-    options,
     parallel,
     scale,
 )  # fmt: skip

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from minkernels._checks import FLOATS
-from minkernels._library import autocast_dtype
 from minkernels.attention.ops import MAX_HEAD_DIM, attention
 from minkernels.cross_entropy.ops import cross_entropy as our_cross_entropy
 from minkernels.cross_entropy.ops import usual_cross_entropy
@@ -101,8 +100,6 @@ def multi_head_attention(
         causal = "top-left"
     elif attn_mask is not None or key_padding_mask is not None:
         key_mask, mask, bias = _masks(attn_mask, key_padding_mask, B, H, k.shape[2] - S)
-    if k.dtype != q.dtype or v.dtype != q.dtype:
-        q, k, v = _autocast(q, k, v)
     out = attention(q, k, v, causal=causal, key_mask=key_mask, mask=mask, bias=bias, dropout_p=dropout_p if training else 0.0)
     out = F.linear(out.permute((0, 2, 1, 3) if batch_first else (2, 0, 1, 3)).flatten(2), out_proj_weight, out_proj_bias)
     return out.squeeze(0) if unbatched else out, None
@@ -209,11 +206,9 @@ def _plain(*tensors) -> bool:
 
 
 def _of_other_kinds(query, key, value, attn_mask, *options) -> Tensor | None:
-    """Dtypes that autocast makes one; fewer or more than four dimensions."""
-    lead, mixed = query.shape[:-3], not query.dtype == key.dtype == value.dtype
-    if mixed and autocast_dtype(query) is not None:
-        return scaled_dot_product_attention(*_autocast(query, key, value), attn_mask, *options)
-    if mixed or query.dim() < 3 or query.dim() == 4 or key.shape[:-3] != lead or value.shape[:-3] != lead:
+    """Fewer or more than four dimensions."""
+    lead = query.shape[:-3]
+    if query.dim() < 3 or query.dim() == 4 or key.shape[:-3] != lead or value.shape[:-3] != lead:
         return None
     if attn_mask is not None and attn_mask.dim() > query.dim():
         return None
@@ -228,12 +223,6 @@ def _four(t, lead):
     if t.dim() <= 3:
         return t.unsqueeze(0) if t.dim() == 3 and not lead else t
     return t.expand(*lead, *t.shape[-3:]).flatten(0, -4)
-
-
-def _autocast(*tensors):
-    """Of several dtypes, which is an error without autocast."""
-    low = autocast_dtype(tensors[0])
-    return tensors if low is None else (t.to(low) for t in tensors)
 
 
 def _hides(mask, *shapes) -> bool:

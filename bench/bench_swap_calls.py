@@ -51,7 +51,7 @@ class OurHeads(nn.MultiheadAttention):
 
 def calls() -> list[Call]:
     q, mask = torch.randn(1, 1, 1, 8), torch.ones(1, 1, 1, 1).bool()
-    x, labels, y = torch.randn(2, 4), torch.tensor([0, 1]), torch.rand(2, 4)
+    x, labels, y, weight = torch.randn(2, 4), torch.tensor([0, 1]), torch.rand(2, 4), torch.rand(4)
     one, ours_one, loss, ours_loss = Attention(), OurAttention(), nn.CrossEntropyLoss(), OurLoss()
     mha, ours_mha = (cls(8, 1, batch_first=True) for cls in (nn.MultiheadAttention, OurHeads))
     ours_mha.load_state_dict(mha.state_dict())
@@ -59,7 +59,16 @@ def calls() -> list[Call]:
         Call("F.scaled_dot_product_attention", lambda q: attention(q, q, q), lambda q: sdpa(q, q, q), (q,)),
         Call("F.scaled_dot_product_attention-mask", lambda q, m: attention(q, q, q, mask=m), lambda q, m: sdpa(q, q, q, m), (q, mask)),
         Call("F.cross_entropy", cross_entropy, F.cross_entropy, (x, labels)),
+        Call("F.cross_entropy-weight", cross_entropy, F.cross_entropy, (x, labels, weight)),
+        Call("F.cross_entropy-probabilities", cross_entropy, F.cross_entropy, (x, y)),
+        Call("F.cross_entropy-spatial", cross_entropy, F.cross_entropy, (torch.randn(2, 4, 3), labels[:, None].expand(2, 3))),
         Call("F.binary_cross_entropy_with_logits", bce_with_logits, F.binary_cross_entropy_with_logits, (x, y)),
+        Call(
+            "F.binary_cross_entropy_with_logits-pos_weight",
+            lambda x, y, w: bce_with_logits(x, y, pos_weight=w),
+            lambda x, y, w: F.binary_cross_entropy_with_logits(x, y, pos_weight=w),
+            (x, y, weight),
+        ),
         Call("any-other-function", torch.neg, torch.neg, (q,)),
         Call("module-with-sdpa", ours_one, lambda m, q: m(q), (q,), one),
         Call("nn.CrossEntropyLoss", ours_loss, lambda m, *args: m(*args), (x, labels), loss),

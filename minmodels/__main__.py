@@ -67,14 +67,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error.filename or 'what it prints cannot be written'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
+        said = str(error).partition("\n")[0]
+        if said.startswith("MINKERNELS_"):  # an environment variable
+            print(f"error: {said}", file=sys.stderr)
+            return 2
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in NO_MEMORY):
             raise
-        print("error: not enough memory, ask for smaller sizes or batches.", str(error).partition("\n")[0], file=sys.stderr)
-        return 2
-    except ValueError as error:
-        if not str(error).startswith("MINKERNELS_"):  # an environment variable
-            raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error: not enough memory, ask for smaller sizes or batches.", said, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

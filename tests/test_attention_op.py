@@ -197,6 +197,8 @@ T = torch.zeros
 BAD = {
     "not a tensor": (dict(q=[1.0]), TypeError, "q must be a tensor, got list"),
     "nested": (dict(v=torch.nested.as_nested_tensor([T(3, 6, 8)] * 2)), TypeError, "v must be a dense tensor, got a nested one"),
+    "sparse": (dict(k=T(2, 3, 6, 8).to_sparse()), TypeError, "k must be a dense tensor, got one of layout torch.sparse_coo"),
+    "sparse mask": (dict(mask=T(5, 6).bool().to_sparse()), TypeError, "mask must be a dense tensor, got one of layout torch.sparse_coo"),
     "rank": (dict(k=T(2, 3, 8)), ValueError, "k must have 4 dimensions .* got shape (2, 3, 8)"),
     "dtype": (dict(q=T(2, 3, 5, 8, dtype=torch.int64)), TypeError, "q must be float16, .* got torch.int64"),
     "mixed dtypes": (dict(k=T(2, 3, 6, 8, dtype=torch.bfloat16)), TypeError, "k is torch.bfloat16 on cpu, but q is torch.float32"),
@@ -235,8 +237,11 @@ def test_numbers_of_numpy():
     """As PyTorch takes them."""
     np = pytest.importorskip("numpy")
     q = torch.randn(1, 2, 5, 8)
-    out = attention(q, q, q, scale=np.float32(0.25), softcap=np.int64(3), dropout_p=np.float64(0))
-    assert torch.equal(out, attention(q, q, q, scale=0.25, softcap=3.0))
+    out = attention(q, q, q, scale=np.float32(0.25), softcap=np.int64(3), dropout_p=np.float64(0), window=(np.int32(2), np.int64(2**40)))
+    assert torch.equal(out, attention(q, q, q, scale=0.25, softcap=3.0, window=(2, None)))
+    packed, cu = q[0].transpose(0, 1), torch.tensor([0, 2, 5])
+    outs = [attention_varlen(*[packed] * 3, cu, cu, max_seqlen_q=n, max_seqlen_k=n) for n in (3, np.array([2, 3]).max())]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("change, error, message", BAD.values(), ids=BAD)

@@ -188,7 +188,7 @@ P = torch.zeros(4, 7)
 BAD = {
     "not a tensor": (dict(input=[1.0]), TypeError, "input must be a tensor, got list"),
     "nested": (dict(input=torch.nested.as_nested_tensor([X])), TypeError, "input must be a dense tensor, got a nested one"),
-    "sparse": (dict(input=X.to_sparse()), TypeError, "takes dense tensors alone, got one of layout torch.sparse_coo"),
+    "sparse": (dict(input=X.to_sparse()), TypeError, "input must be a dense tensor, got one of layout torch.sparse_coo"),
     "rank": (dict(input=X[0, 0]), ValueError, "input must have a dimension of classes, got a scalar"),
     "dtype": (dict(input=X.int()), TypeError, "input must be float16, bfloat16, float32 or float64, got torch.int32"),
     "no classes": (dict(input=X[:, :0]), ValueError, "input must have at least one class, got shape (4, 0)"),
@@ -198,6 +198,7 @@ BAD = {
     "float labels": (dict(target=Y.float()), ValueError, "target must be (4, 7) probabilities to fit input (4, 7), got (4,)"),
     "int probabilities": (dict(target=P.long()), ValueError, "target must be (4,) labels to fit input (4, 7), got (4, 7)"),
     "device": (dict(target=Y.to("meta")), TypeError, "target is on meta, but input is on cpu"),
+    "large ignore_index": (dict(ignore_index=2**63), ValueError, "ignore_index must fit 64 bits, got an int of 65"),
     "ignore_index": (dict(ignore_index=0.5), TypeError, "ignore_index must be an int, got 0.5"),
     "ignored probabilities": (
         dict(target=P, ignore_index=3),
@@ -207,6 +208,7 @@ BAD = {
     "reduction": (dict(reduction="avg"), ValueError, "reduction must be one of none, mean, sum, got 'avg'"),
     "empty": (dict(empty="0"), ValueError, "empty must be one of nan, zero, got '0'"),
     "weight": (dict(weight=torch.ones(6)), ValueError, "weight must be (V=7,), got (6,)"),
+    "sparse weight": (dict(weight=torch.ones(7).to_sparse()), TypeError, "weight must be a dense tensor, got one of layout"),
     "weight dtype": (dict(weight=torch.ones(7).int()), TypeError, "weight must be float16, bfloat16, float32 or float64, got torch.int32"),
     "weight grad": (dict(weight=torch.ones(7, requires_grad=True)), ValueError, "weight requires a gradient, and there is none for it"),
     "weight device": (dict(weight=torch.ones(7, device="meta")), TypeError, "weight is on meta, but input is on cpu"),

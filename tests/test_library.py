@@ -89,8 +89,10 @@ def test_a_lower_level_is_reported(library, monkeypatch):
     monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "plain")
     assert minkernels.info().cpu_level == "plain" and "MINKERNELS_CPU_LEVEL" in minkernels.info().backends["attention"]["CPU"]
     monkeypatch.setenv("MINKERNELS_CPU_LEVEL", "sse")
-    with pytest.raises(ValueError, match="MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got sse"):
+    with pytest.raises(RuntimeError, match="MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got sse"):
         minkernels.box_iou(torch.zeros(1, 4), torch.zeros(1, 4))
+    with minkernels.swapped(), pytest.raises(RuntimeError, match="MINKERNELS_CPU_LEVEL"):  # nor is PyTorch called instead
+        torch.nn.functional.cross_entropy(torch.zeros(1, 4), torch.full((1, 4), 0.25))
     printed = python("import runpy; runpy.run_module('minkernels', run_name='__main__')")
     assert printed.returncode == 1 and printed.stderr.startswith("error: MINKERNELS_CPU_LEVEL must be plain"), printed.stderr
 

@@ -115,7 +115,7 @@ def test_no_number_of_megabytes(most):
     code = 'from test_memory import grad, make; grad("bce_with_logits", *make("bce_with_logits"))'
     env = {**os.environ, "MINKERNELS_KEEP_MB": most}
     run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True)
-    assert run.returncode == 1 and f"ValueError: MINKERNELS_KEEP_MB must be a number of megabytes, got {most}" in run.stderr
+    assert run.returncode == 1 and f"RuntimeError: MINKERNELS_KEEP_MB must be a number of megabytes, got {most}" in run.stderr
 
 
 def test_nothing_is_loaded_to_be_emptied():

@@ -167,7 +167,7 @@ BAD = {  # what every loss refuses
     "target dtype": (dict(target=T.cfloat()), TypeError, "target must be a float, bool, uint8, int32 or int64 tensor, got torch.complex64"),
     "target device": (dict(target=T.to("meta")), TypeError, "target is on meta, but input is on cpu"),
     "target grad": (dict(target=T.clone().requires_grad_()), ValueError, "target requires a gradient"),
-    "sparse target": (dict(target=T.to_sparse()), TypeError, "takes dense tensors alone, got one of layout torch.sparse_coo"),
+    "sparse target": (dict(target=T.to_sparse()), TypeError, "target must be a dense tensor, got one of layout torch.sparse_coo"),
     "target value": (
         dict(target=torch.tensor([0, 1, 7, 9], dtype=torch.uint8).expand(2, 3, 4)),
         IndexError,

@@ -41,7 +41,7 @@ def main() -> int:
     else:
         try:
             print(minkernels.info())
-        except ValueError as error:  # of MINKERNELS_CPU_LEVEL
+        except RuntimeError as error:  # of MINKERNELS_CPU_LEVEL
             print(f"error: {error}", file=sys.stderr)
             return 1
     return 0

@@ -1,7 +1,7 @@
 """Checks that several families make of their arguments."""
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -24,18 +24,35 @@ def check_number(name: str, x):
         raise ValueError(f"{name} must fit a float, got an int of {x.bit_length()} bits")
 
 
-def check_int(name: str, x):
-    if type(x) is not int and (isinstance(x, bool) or not isinstance(x, int | torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {x!r}")
+def check_unit(name: str, x):
+    """A threshold of IoUs or probabilities."""
+    check_number(name, x)
+    if not 0 <= x <= 1:
+        raise ValueError(f"{name} must be 0 to 1, got {x}")
+
+
+def as_int(name: str, x, least: int | None = None) -> int:
+    """x, which may be NumPy's."""
+    if type(x) is not int and not isinstance(x, torch.SymInt):
+        if isinstance(x, bool) or not isinstance(x, Integral):
+            raise TypeError(f"{name} must be an int, got {x!r}")
+        x = int(x)
     if type(x) is int and not -(2**63) <= x < 2**63:
         raise ValueError(f"{name} must fit 64 bits, got an int of {x.bit_length() + 1}")
+    if least is not None and x < least:
+        raise ValueError(f"{name} must be at least {least}, got {x}")
+    return x
+
+
+def is_dense(t: Tensor) -> bool:
+    return t.layout == torch.strided and not t.is_nested
 
 
 def check_tensor(name: str, t):
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if t.is_nested:
-        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+    if not is_dense(t):
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if t.is_nested else f'one of layout {t.layout}'}")
 
 
 def check_floats(name: str, t, converted: bool = False):

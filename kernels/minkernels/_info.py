@@ -48,7 +48,7 @@ class Info:
 def info() -> Info:
     """Versions, devices, CPU features, and which backend serves each op on each device and why.
 
-    Raises: ValueError if MINKERNELS_CPU_LEVEL names no level.
+    Raises: RuntimeError if MINKERNELS_CPU_LEVEL names no level.
     """
     import minkernels
 

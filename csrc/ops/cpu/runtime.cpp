@@ -39,7 +39,7 @@ int level() {
   if (!name || !*name) return best;
   for (int i = 0; i < int(std::size(level_names)); i++)
     if (!std::strcmp(name, level_names[i])) return std::min(i, best);
-  throw std::invalid_argument("MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got " + std::string(name));
+  throw std::runtime_error("MINKERNELS_CPU_LEVEL must be plain, avx2, avx512 or avx512_bf16, got " + std::string(name));
 }
 
 Dtype dtype_of(const Tensor& t) {
@@ -191,7 +191,7 @@ class Kept {
     char* end = nullptr;
     const unsigned long long mb = std::strtoull(text, &end, 10);
     if (*end || *text < '0' || *text > '9')
-      throw std::invalid_argument(std::string("MINKERNELS_KEEP_MB must be a number of megabytes, got ") + text);
+      throw std::runtime_error(std::string("MINKERNELS_KEEP_MB must be a number of megabytes, got ") + text);
     return size_t(std::min<unsigned long long>(mb, SIZE_MAX >> 20)) << 20;
   }
 

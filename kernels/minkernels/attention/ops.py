@@ -1,9 +1,11 @@
 """Fused attention: what it promises."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
-from minkernels._checks import FLOATS, check_int, check_number, check_tensor
+from minkernels._checks import FLOATS, as_int, check_number, check_tensor, is_dense
 from minkernels._library import apply, autocast_dtype, define, needs_grad, once_differentiable, traceable
 from minkernels.attention import reference
 from minkernels.attention._options import SCHEMA, Options, grads_like, like, lse_like
@@ -95,14 +97,12 @@ def attention_varlen(
     """
     q, k, v = _autocast(q, k, v)
     _check_qkv(q, k, v, 3, "(length, heads, head dim)")
-    for name, cu, longest in (("q", cu_seqlens_q, max_seqlen_q), ("k", cu_seqlens_k, max_seqlen_k)):
+    for name, cu in (("q", cu_seqlens_q), ("k", cu_seqlens_k)):
         count = cu_seqlens_q.numel() if isinstance(cu_seqlens_q, Tensor) else 0
         _check_tensor(f"cu_seqlens_{name}", cu, (max(count, 1),), "({},), at least one", (torch.int32, torch.int64), q)
-        check_int(f"max_seqlen_{name}", longest)
-        if longest < 0:
-            raise ValueError(f"max_seqlen_{name} must not be negative, got {longest}")
+    longest = as_int("max_seqlen_q", max_seqlen_q, 0), as_int("max_seqlen_k", max_seqlen_k, 0)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-    packed = _int32(cu_seqlens_q), _int32(cu_seqlens_k), max_seqlen_q, max_seqlen_k
+    packed = _int32(cu_seqlens_q), _int32(cu_seqlens_k), *longest
     result = _attend(q, k, v, return_lse, _lower(q, causal, window, softcap, sinks, scale, dropout_p, None, None, None, None, *packed))
     return (result[0][0].transpose(0, 1), result[1][0].T) if return_lse else result[0].transpose(0, 1)
 
@@ -134,7 +134,7 @@ def _lower(
     if window is not None:
         if not isinstance(window, tuple | list) or len(window) != 2 or not all(n is None or _is_int(n) for n in window):
             raise TypeError(f"window must be two ints or None, (left, right), got {window!r}")
-        left, right = (None if n is None or n < 0 or (type(n) is int and n >= 2**31) else n for n in window)
+        left, right = (None if n is None or n < 0 or (not isinstance(n, torch.SymInt) and n >= 2**31) else n for n in window)
     if scale is not None:
         check_number("scale", scale)
     if softcap is not None:
@@ -176,7 +176,7 @@ def _lower_masks(q, k, bias, key_mask, kv_lens, mask):
 
 def _check_qkv(q, k, v, dims, layout):
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor) or t.is_nested or t.dim() != dims:
+        if not isinstance(t, Tensor) or not is_dense(t) or t.dim() != dims:
             check_tensor(name, t)
             raise ValueError(f"{name} must have {dims} dimensions {layout}, got shape {tuple(t.shape)}")
     dtype, device = q.dtype, q.device
@@ -228,7 +228,7 @@ def _int32(lengths):
 
 
 def _is_int(n):
-    return isinstance(n, int | torch.SymInt) and not isinstance(n, bool)
+    return isinstance(n, Integral | torch.SymInt) and not isinstance(n, bool)
 
 
 def _scores_counted(q, v, options):

@@ -1,6 +1,6 @@
 """What the arguments of cross_entropy, and of what is built on it, must be."""
 
-from minkernels._checks import FLOATS, check_constant, check_floats, check_int, check_number, check_tensor
+from minkernels._checks import FLOATS, as_int, check_constant, check_floats, check_number, check_tensor
 from minkernels.cross_entropy._options import LABELS, Options
 
 EMPTY = "nan", "zero"
@@ -8,7 +8,7 @@ EMPTY = "nan", "zero"
 
 def options(ignore_index, label_smoothing, z_loss, softcap, logit_scale) -> Options:
     """Checked, and as the operators take them."""
-    check_int("ignore_index", ignore_index)
+    ignore_index = as_int("ignore_index", ignore_index)
     for name, number in (("label_smoothing", label_smoothing), ("z_loss", z_loss), ("logit_scale", logit_scale)):
         check_number(name, number)
     if not 0 <= label_smoothing <= 1:

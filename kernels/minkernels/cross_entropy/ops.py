@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minkernels._checks import NARROW, REDUCTIONS, check_floats, check_reduction, on_one_device
+from minkernels._checks import NARROW, REDUCTIONS, check_floats, check_reduction, is_dense, on_one_device
 from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy import reference
 from minkernels.cross_entropy._arguments import check_empty, check_target, check_weight, classes_in_all, options
@@ -74,8 +74,8 @@ def cross_entropy(
     Source: Online normalizer calculation for softmax, Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm 3.
     """
     numbers = type(z_loss) is type(logit_scale) is float and z_loss == 0.0 and logit_scale == 1.0
-    if numbers and weight is softcap is group is None and type(empty) is str and empty == "nan":
-        loss = usual_cross_entropy(input, target, ignore_index, reduction, label_smoothing)
+    if numbers and softcap is group is None and type(empty) is str and empty == "nan":
+        loss = usual_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
         if loss is not None:
             return loss
     _check(input, weight, group)
@@ -83,31 +83,44 @@ def cross_entropy(
     check_target(target, _classes_out(input), input.shape if group is None else None, x, input)
     check_reduction(reduction)
     check_empty(empty)
-    rows, flat = _rows(input), _rows(target, 0 if is_labels(target) else 1)
     weight = None if weight is None else weight.to(accumulator(input)).contiguous()
-    args = flat, weight, x, reduction, empty == "zero"
-    try:
-        loss = _loss(rows, *args) if group is None else parallel().apply(Shards, *args, group, rows)
-    except IndexError:  # of the labels as the kernels see them; the caller's are to be named
-        check_labels(target, classes_in_all(input.shape[min(1, input.dim() - 1)], group), x.ignore_index)
-        raise
-    return loss.reshape(_classes_out(input)) if reduction == "none" and input.dim() != 2 else loss
+    return _checked_cross_entropy(input, target, weight, x, reduction, empty == "zero", group)
 
 
-def usual_cross_entropy(input, target, ignore_index, reduction, label_smoothing) -> Tensor | None:
-    """cross_entropy of 16 or 32-bit (N, V) logits and the int64 labels that fit them, in less than half of the time that it takes to
-    look for all that may be wrong with a call; None for every other call."""
-    if not (type(input) is type(target) is Tensor) or input.is_nested or target.is_nested:
+def usual_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) -> Tensor | None:
+    """cross_entropy of 16 or 32-bit logits, with int64 labels or probabilities of their dtype, and a float32 weight, that fit them: in
+    half of the time that it takes to look for all that may be wrong with a call; None for every other call."""
+    if not (type(input) is type(target) is Tensor and is_dense(input) and is_dense(target)):
         return None
-    if target.dtype != torch.int64 or input.dtype not in NARROW or input.dim() != 2 or target.dim() != 1:
-        return None
-    if input.size(0) != target.size(0) or input.size(1) == 0 or not on_one_device(input, target) or reduction not in REDUCTIONS:
+    dim, given, dtype = input.dim(), target.dtype, input.dtype
+    if dim < 2 or dtype not in NARROW or input.size(1) == 0 or not on_one_device(input, target) or reduction not in REDUCTIONS:
         return None
     if type(ignore_index) is not int or not -(2**63) <= ignore_index < 2**63:
         return None
     if type(label_smoothing) is not float or not 0.0 <= label_smoothing <= 1.0:
         return None
-    return _loss(input, target, None, (ignore_index, label_smoothing, 0.0, 0.0, 1.0), reduction, False)
+    if given == torch.int64:
+        if (target.dim() != 1 or target.size(0) != input.size(0)) if dim == 2 else target.shape != _classes_out(input):
+            return None
+    elif given != dtype or target.shape != input.shape or ignore_index >= 0:
+        return None
+    if weight is not None:
+        if type(weight) is not Tensor or not is_dense(weight) or weight.dtype != torch.float32 or weight.requires_grad:
+            return None
+        if weight.dim() != 1 or weight.size(0) != input.size(1) or not on_one_device(input, weight) or not weight.is_contiguous():
+            return None
+    return _checked_cross_entropy(input, target, weight, (ignore_index, label_smoothing, 0.0, 0.0, 1.0), reduction, False)
+
+
+def _checked_cross_entropy(input, target, weight, x, reduction, empty_zero, group=None):
+    rows, flat = (input, target) if input.dim() == 2 else (_rows(input), _rows(target, 0 if is_labels(target) else 1))
+    args = flat, weight, x, reduction, empty_zero
+    try:
+        loss = _loss(rows, *args) if group is None else parallel().apply(Shards, *args, group, rows)
+    except IndexError:  # of the labels as the kernels see them; the caller's are to be named
+        check_labels(target, classes_in_all(input.shape[min(1, input.dim() - 1)], group), Options(*x).ignore_index)
+        raise
+    return loss.reshape(_classes_out(input)) if reduction == "none" and input.dim() != 2 else loss
 
 
 def _loss(rows, target, weight, x, reduction, empty_zero):

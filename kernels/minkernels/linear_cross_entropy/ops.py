@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from minkernels._checks import check_floats, check_int, check_reduction
+from minkernels._checks import as_int, check_floats, check_reduction
 from minkernels._library import apply, autocast_dtype, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy._arguments import check_empty, check_target, check_weight, classes_in_all, options
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
@@ -44,7 +44,7 @@ def linear_cross_entropy(
     Shapes: N rows (tokens), H features, V classes.
     Args:
         input: (N, H), (H,) or (..., H): float16, bfloat16, float32, or float64 (CPU only).
-        linear_weight: (V, H), or (V, d1, ..., H) for a loss of d1, ... positions a row (input then has at most 2 dimensions); same dtype.
+        linear_weight: (V, H), or (V, d1, ..., H) for a loss of d1, ... positions a row (input is then (N, H)); same dtype.
         target: labels (...) or (N, d1, ...), or probabilities with V classes in dimension 1, (..., V) where there are no d1, ...
         linear_bias: linear_weight.shape[:-1], same dtype.
         weight, reduction, label_smoothing, z_loss, softcap, logit_scale, empty: as those of cross_entropy.
@@ -61,18 +61,18 @@ def linear_cross_entropy(
     A scalar loss forms all gradients in its forward; "none", float16, compiled graphs and a second backward form the logits once more.
     Source: F.linear_cross_entropy of PyTorch 2.13, of which this has the names and the semantics.
     """
-    input, linear_weight, linear_bias, weight = _check(input, linear_weight, linear_bias, weight, memory_budget, group)
+    input, linear_weight, linear_bias, weight, memory_budget = _check(input, linear_weight, linear_bias, weight, memory_budget, group)
     x = options(-100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     (V, *positions, _), lead = linear_weight.shape, input.shape[:-1]
     check_target(target, (*lead, *positions), (*lead, V, *positions) if group is None else None, x, input, linear_weight)
     check_reduction(reduction)
     check_empty(empty)
     args = traceable(*_flat(input, linear_weight, target, linear_bias))
-    args = *args, weight, *x, reduction, empty == "zero", memory_budget or 0
+    args = *args, weight, *x, reduction, empty == "zero", memory_budget
     wanted = [t is not None and t.requires_grad for t in args[:4]]
     try:
         if group is not None:
-            shards = _Shards(memory_budget or 0)
+            shards = _Shards(memory_budget)
             loss = parallel().apply(shards, args[2], weight, x, reduction, empty == "zero", group, args[0], args[1], args[3])
         elif needs_grad(*args[:4]):
             early = reduction != "none" and not wanted[2] and grad_early(input)
@@ -103,12 +103,12 @@ def linear_token_logprobs(
     Returns: (logprob, entropy, argmax), each (...), with return_lse that and lse (...); the backward forms the logits once more.
     Raises: as linear_cross_entropy.
     """
-    input, linear_weight, linear_bias, _ = _check(input, linear_weight, linear_bias, None, memory_budget, None)
+    input, linear_weight, linear_bias, _, memory_budget = _check(input, linear_weight, linear_bias, None, memory_budget, None)
     x = options(ignore_index, 0.0, 0.0, softcap, logit_scale)
     if linear_weight.dim() != 2:
         raise ValueError(f"linear_weight must be (V, H), got {tuple(linear_weight.shape)}")
     check_target(target, input.shape[:-1], None, x, input, linear_weight)
-    args = *traceable(*_flat(input, linear_weight, target, linear_bias)), *x, memory_budget or 0
+    args = *traceable(*_flat(input, linear_weight, target, linear_bias)), *x, memory_budget
     try:
         results = apply(_LinearTokenLogprobs, *args) if needs_grad(*args[:4]) else _logprobs(*args)
     except IndexError:
@@ -141,12 +141,13 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
     for name, t in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if t is not None and (t.dtype != input.dtype or t.device != input.device):
             raise TypeError(f"{name} is {t.dtype} on {t.device}, but input is {input.dtype} on {input.device}: they must agree")
+    budget = 0
     if memory_budget is not None:
-        check_int("memory_budget", memory_budget)
+        budget = as_int("memory_budget", memory_budget)
         row = linear_weight.shape[:-1].numel() * input.element_size()
-        if memory_budget < row:
-            raise ValueError(f"memory_budget must hold one row of logits, {row} bytes, got {memory_budget}")
-    return input, linear_weight, linear_bias, weight if weight is None else weight.to(accumulator(input)).contiguous()
+        if budget < row:
+            raise ValueError(f"memory_budget must hold one row of logits, {row} bytes, got {budget}")
+    return input, linear_weight, linear_bias, weight if weight is None else weight.to(accumulator(input)).contiguous(), budget
 
 
 def _flat(input, linear_weight, target, linear_bias):

@@ -99,10 +99,14 @@ def _rank_kernel(
     active = (w > 0) & (area > 0) & (area < float("inf"))
     ranked = Ranked + b * 5 * N + rank
     tl.store(ranked, x1, mask=mask)
-    tl.store(ranked + N, y1, mask=mask)
-    tl.store(ranked + 2 * N, x2, mask=mask)
-    tl.store(ranked + 3 * N, y2, mask=mask)
-    tl.store(ranked + 4 * N, tl.where(active, area, 0.0), mask=mask)
+    ranked += N  # step by step: 4 * N would not fit 32 bits
+    tl.store(ranked, y1, mask=mask)
+    ranked += N
+    tl.store(ranked, x2, mask=mask)
+    ranked += N
+    tl.store(ranked, y2, mask=mask)
+    ranked += N
+    tl.store(ranked, tl.where(active, area, 0.0), mask=mask)
     if ClassIds is not None:
         ids = tl.load(ClassIds + b * class_strides[0] + i * class_strides[1], mask=mask, other=0)
         tl.store(Classes + b * N + rank, ids, mask=mask)
@@ -120,10 +124,14 @@ def _load(Ranked, Classes, b, N, rank, mask):
     """Coordinates, area and class. A rank behind the last has area 0."""
     ranked = Ranked + b * 5 * N + rank
     x1 = tl.load(ranked, mask=mask, other=0.0)
-    y1 = tl.load(ranked + N, mask=mask, other=0.0)
-    x2 = tl.load(ranked + 2 * N, mask=mask, other=0.0)
-    y2 = tl.load(ranked + 3 * N, mask=mask, other=0.0)
-    area = tl.load(ranked + 4 * N, mask=mask, other=0.0)
+    ranked += N  # as it was stored
+    y1 = tl.load(ranked, mask=mask, other=0.0)
+    ranked += N
+    x2 = tl.load(ranked, mask=mask, other=0.0)
+    ranked += N
+    y2 = tl.load(ranked, mask=mask, other=0.0)
+    ranked += N
+    area = tl.load(ranked, mask=mask, other=0.0)
     ids = rank.to(tl.int64) * 0
     if Classes is not None:
         ids = tl.load(Classes + b * N + rank, mask=mask, other=0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minkernels._checks import INTEGER_NAMES, INTEGERS, check_floats, check_int, check_number, check_tensor
+from minkernels._checks import INTEGER_NAMES, INTEGERS, as_int, check_floats, check_number, check_tensor, check_unit
 from minkernels._library import define
 from minkernels.nms import reference
 from minkernels.nms._common import new_outputs
@@ -84,9 +84,7 @@ def nms_padded(
     if score_threshold is not None:
         check_number("score_threshold", score_threshold)
         score_threshold = float(score_threshold)
-    check_int("max_output", max_output)
-    if max_output < 1:
-        raise ValueError(f"max_output must be at least 1, got {max_output}")
+    max_output = as_int("max_output", max_output, 1)
     if not isinstance(return_suppressor, bool):
         raise TypeError(f"return_suppressor must be a bool, got {return_suppressor!r}")
     classes = None if class_ids is None else class_ids.long()
@@ -115,9 +113,7 @@ def _check(boxes, scores, classes, iou_threshold, dims):
         raise TypeError(f"{classes[0]} must be {INTEGER_NAMES}, got {classes[1].dtype}")
     if isinstance(shape[-1], int) and shape[-1] > MOST_BOXES:  # an exported graph's may be any
         raise ValueError(f"boxes must be fewer than 2**31 an image, got {shape[-1]}")
-    check_number("iou_threshold", iou_threshold)
-    if not 0 <= iou_threshold <= 1:
-        raise ValueError(f"iou_threshold must be 0 to 1, got {iou_threshold}")
+    check_unit("iou_threshold", iou_threshold)
 
 
 def _nms_fake(boxes, scores, idxs, iou_threshold):

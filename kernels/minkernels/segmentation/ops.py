@@ -12,6 +12,7 @@ from minkernels._checks import (
     check_number,
     check_reduction,
     check_tensor,
+    is_dense,
     on_one_device,
 )
 from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
@@ -52,8 +53,8 @@ def bce_with_logits(
     gradient in the same pass over the logits, except in float16 and in compiled graphs.
     Source: PyTorch, torch.nn.BCEWithLogitsLoss.
     """
-    if weight is pos_weight is mask is None:
-        loss = usual_bce(input, target, reduction)
+    if mask is None:
+        loss = usual_bce(input, target, weight, reduction, pos_weight)
         if loss is not None:
             return loss
     _check_input(input, 0)
@@ -63,16 +64,32 @@ def bce_with_logits(
     return _sigmoid_loss(input, target, weight, pos_weight, _mask(input, mask), -1.0, 0.0, reduction)
 
 
-def usual_bce(input, target, reduction) -> Tensor | None:
+def usual_bce(input, target, weight, reduction, pos_weight) -> Tensor | None:
     """bce_with_logits of 16 or 32-bit logits and a constant target of their dtype and shape, in two thirds of the time that it takes to
     look for all that may be wrong with a call; None for every other call."""
-    if not (type(input) is type(target) is Tensor) or input.is_nested or target.is_nested:
+    if not (type(input) is type(target) is Tensor and is_dense(input) and is_dense(target)):
         return None
     if target.dtype != input.dtype or input.dtype not in NARROW or target.shape != input.shape or not on_one_device(input, target):
         return None
     if target.requires_grad or reduction not in REDUCTIONS:
         return None
-    return _sigmoid_loss(input, target, None, None, None, -1.0, 0.0, reduction)
+    if weight is not None:
+        weight = _usual_weights(input, weight)
+        if weight is None:
+            return None
+    if pos_weight is not None:
+        pos_weight = _usual_weights(input, pos_weight)
+        if pos_weight is None:
+            return None
+    return _sigmoid_loss(input, target, weight, pos_weight, None, -1.0, 0.0, reduction)
+
+
+def _usual_weights(input, t) -> Tensor | None:
+    """Of the shape of input's last dimensions."""
+    if type(t) is not Tensor or not is_dense(t) or t.dtype != input.dtype or t.requires_grad or not on_one_device(input, t):
+        return None
+    missing = input.dim() - t.dim()
+    return t.expand(input.shape) if missing >= 0 and t.shape == input.shape[missing:] else None
 
 
 def sigmoid_focal_loss(

@@ -84,10 +84,11 @@ def _exp_of_minus(u):
 
 @triton.jit
 def _load_boxes(Boxes, i, mask):
-    x1 = tl.load(Boxes + i * 4, mask=mask, other=0.0)
-    y1 = tl.load(Boxes + i * 4 + 1, mask=mask, other=0.0)
-    x2 = tl.load(Boxes + i * 4 + 2, mask=mask, other=0.0)
-    y2 = tl.load(Boxes + i * 4 + 3, mask=mask, other=0.0)
+    box = Boxes + i.to(tl.int64) * 4
+    x1 = tl.load(box, mask=mask, other=0.0)
+    y1 = tl.load(box + 1, mask=mask, other=0.0)
+    x2 = tl.load(box + 2, mask=mask, other=0.0)
+    y2 = tl.load(box + 3, mask=mask, other=0.0)
     return x1, y1, x2, y2
 
 
@@ -122,7 +123,7 @@ def _soft_kernel(
         tl.store(Indices + b * max_output + count, at.to(tl.int64))
         tl.store(Out + b * max_output + count, top)
         count += 1
-        own = Boxes + at * 4
+        own = Boxes + at.to(tl.int64) * 4
         x1_, y1_, x2_, y2_ = tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3)
         chosen = at
         top, at = lowest, at * 0

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from minkernels._checks import INTEGER_NAMES, INTEGERS, check_floats, check_int, check_number, check_tensor
+from minkernels._checks import INTEGER_NAMES, INTEGERS, as_int, check_floats, check_number, check_tensor, check_unit
 from minkernels._library import define
 from minkernels.soft_nms import reference
 from minkernels.soft_nms._options import RescoredNMS, outputs
@@ -45,7 +45,7 @@ def soft_nms(
     Memory: O(N) beside the results; no host synchronisation.
     Source: Soft-NMS, Bodla et al. 2017, arXiv:1704.04503, equations 2 and 3 (strict as its authors' code: a box at iou_threshold stays).
     """
-    boxes, scores, class_ids = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
+    boxes, scores, class_ids, max_output = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
     check_unit("iou_threshold", iou_threshold)
     numbers = float(iou_threshold), float(sigma), float(min_score)
     return RescoredNMS(*_soft_nms(boxes, scores, class_ids, method, *numbers, max_output))
@@ -74,21 +74,8 @@ def matrix_nms(
     Memory: O(N) beside the results, no N x N tensor; no host synchronisation.
     Source: SOLOv2, Wang et al. 2020, arXiv:2003.10152, section 3.3, equations 3 to 5.
     """
-    boxes, scores, class_ids = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
+    boxes, scores, class_ids, max_output = _check(boxes, scores, class_ids, method, sigma, min_score, max_output)
     return RescoredNMS(*_matrix_nms(boxes, scores, class_ids, method, float(sigma), float(min_score), max_output))
-
-
-def check_unit(name, x):
-    """A threshold of IoUs or probabilities."""
-    check_number(name, x)
-    if not 0 <= x <= 1:
-        raise ValueError(f"{name} must be 0 to 1, got {x}")
-
-
-def check_max_output(max_output):
-    check_int("max_output", max_output)
-    if max_output < 1:
-        raise ValueError(f"max_output must be at least 1, got {max_output}")
 
 
 def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
@@ -108,8 +95,7 @@ def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
     if not 1e-30 <= sigma <= 1e30:  # it and 1 / sigma are to be float32
         raise ValueError(f"sigma must be 1e-30 to 1e30, got {sigma}")
     check_unit("min_score", min_score)
-    check_max_output(max_output)
-    return boxes.detach(), scores.detach(), class_ids
+    return boxes.detach(), scores.detach(), class_ids, as_int("max_output", max_output, 1)
 
 
 def _check_fit(boxes, name, t):

@@ -145,25 +145,21 @@ def binary_cross_entropy_with_logits(
 def _cross_entropy(args, kwargs) -> Tensor | None:
     if not kwargs or len(args) != 2 or len(kwargs) != 6 or forward_ad._current_level >= 0:
         return None
-    if not kwargs["weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
+    if not kwargs["size_average"] is kwargs["reduce"] is None:
         return None
-    input, target = args
-    try:
-        return usual_cross_entropy(input, target, kwargs["ignore_index"], kwargs["reduction"], kwargs["label_smoothing"])
-    except TypeError:  # a layout that the operator has not; nothing was computed
+    (input, target), weight = args, kwargs["weight"]
+    if weight is not None and not (type(weight) is type(input) is Tensor and weight.dtype == input.dtype):
         return None
+    return usual_cross_entropy(input, target, weight, kwargs["ignore_index"], kwargs["reduction"], kwargs["label_smoothing"])
 
 
 def _binary_cross_entropy_with_logits(args, kwargs) -> Tensor | None:
     if not kwargs or len(args) != 2 or len(kwargs) != 5 or forward_ad._current_level >= 0:
         return None
-    if not kwargs["weight"] is kwargs["pos_weight"] is kwargs["size_average"] is kwargs["reduce"] is None:
+    if not kwargs["size_average"] is kwargs["reduce"] is None:
         return None
     input, target = args
-    try:
-        return usual_bce(input, target, kwargs["reduction"])
-    except TypeError:  # the same
-        return None
+    return usual_bce(input, target, kwargs["weight"], kwargs["reduction"], kwargs["pos_weight"])
 
 
 # The calls that most losses are, as __torch_function__ is given them: it takes longer to unpack the keywords than to look at them.

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from minkernels._checks import check_constant, check_floats, check_int, check_number, check_reduction, check_tensor
+from minkernels._checks import as_int, check_constant, check_floats, check_number, check_reduction, check_tensor, check_unit
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
-from minkernels.soft_nms.ops import check_max_output, check_unit
 from minkernels.yolo import reference
 from minkernels.yolo._options import SCHEMA, Detections, Options, arithmetic, loss_output, outputs
 
@@ -60,9 +59,8 @@ def yolo_detect(
     check_floats("pred", pred)
     if head not in HEADS:
         raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}")
-    for name, n in (("boxes_per_cell", boxes_per_cell), ("num_classes", num_classes), ("max_candidates", max_candidates)):
-        _check_count(name, n)
-    check_max_output(max_output)
+    boxes_per_cell, num_classes = as_int("boxes_per_cell", boxes_per_cell, 1), as_int("num_classes", num_classes, 1)
+    max_candidates, max_output = as_int("max_candidates", max_candidates, 1), as_int("max_output", max_output, 1)
     check_unit("score_threshold", score_threshold)
     check_unit("iou_threshold", iou_threshold)
     for name, flag in (("sqrt_wh", sqrt_wh), ("class_agnostic", class_agnostic), ("multi_label", multi_label)):
@@ -109,7 +107,7 @@ def yolo_loss(
     Source: You Only Look Once, Redmon et al. 2016, arXiv:1506.02640, equation 3.
     """
     check_floats("pred", pred)
-    _check_count("boxes_per_cell", boxes_per_cell)
+    boxes_per_cell = as_int("boxes_per_cell", boxes_per_cell, 1)
     if pred.dim() != 4 or pred.shape[1] != pred.shape[2] or pred.shape[3] <= 5 * boxes_per_cell:
         least = 5 * boxes_per_cell + 1
         raise ValueError(f"pred must be (N, K, K, 5 * boxes_per_cell + C), the last at least {least}, got {tuple(pred.shape)}")
@@ -128,12 +126,6 @@ def yolo_loss(
     check_reduction(reduction)
     args = traceable(pred, boxes.to(arithmetic(pred)), classes, boxes_per_cell, float(coord), float(noobj), reduction)
     return apply(_Loss, *args) if needs_grad(args[0]) else _loss_fwd(*args)
-
-
-def _check_count(name, n):
-    check_int(name, n)
-    if n < 1:
-        raise ValueError(f"{name} must be at least 1, got {n}")
 
 
 def _image_size(image_size, head):

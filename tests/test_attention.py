@@ -217,6 +217,38 @@ def status(field):
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field))
 
 
+@pytest.mark.parametrize("times", [3e2, 1e4, 1e6])
+def test_huge_scores(times, levels):
+    """Of 1e5 to 1e13: a score less the largest of its row may not be above 0, whatever the rounding of either is. With scores so far
+    apart the softmax is a choice."""
+    for _ in levels:
+        q, k, v = make(1, 2, 2, 100, 200, 32, 32)
+        q, k, do, results = q * times, k * times, torch.randn(1, 2, 100, 32), []
+        for run, dtype in ((attention, torch.float32), (F.scaled_dot_product_attention, torch.float64)):
+            leaf = v.to(dtype).requires_grad_()
+            o = run(q.to(dtype), k.to(dtype), leaf, scale=0.7)
+            results += [o.detach().float(), torch.autograd.grad(o, leaf, do.to(dtype))[0].float()]
+        torch.testing.assert_close(results[0], results[2])
+        torch.testing.assert_close(results[1], results[3], rtol=1e-5, atol=1e-5 + 5e-14 * times**2)  # what an lse in fp64 leaves
+        o = attention(q[:, :, :1], k, v, scale=0.7)  # as decoding reads them
+        torch.testing.assert_close(o, results[0][:, :, :1])
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_every_half(flush, levels):
+    """Also where subnormal floats count as 0: as floats, halves are none."""
+    halves = torch.arange(65536).to(torch.int16).view(torch.float16)
+    v = halves[halves.isfinite()].view(1, 1, -1, 64)
+    q = torch.zeros(1, 1, 1, 64, dtype=torch.float16)
+    for _ in levels:
+        torch.set_flush_denormal(flush)
+        try:
+            outs = [attention(q, q, v[:, :, i : i + 1]) for i in range(v.shape[2])]
+        finally:
+            torch.set_flush_denormal(False)
+        assert torch.equal(torch.cat(outs, 2), v)
+
+
 def test_dropout_keeps_its_share(library):
     """And every backend keeps the same: the reference's mask is exact, so its share is the kernels' too."""
     q, k, v = make(2, 2, 2, 256, 300, 16, 300)

@@ -276,6 +276,18 @@ def test_a_maximum_that_rises_along_the_row(dtype, levels):
         torch.testing.assert_close(token_logprobs(x, target).entropy.double(), entropy, rtol=1e-5, atol=1e-6)
 
 
+def test_the_argmax_where_subnormals_count_as_0(levels):
+    """Of float16, whose subnormals are normal as floats."""
+    x = torch.zeros(2, 100, dtype=torch.float16)
+    x[0, 3] = x[1, 99] = 1e-6
+    torch.set_flush_denormal(True)
+    try:
+        for _ in levels:
+            assert token_logprobs(x, torch.zeros(2, dtype=torch.int64)).argmax.tolist() == [3, 99]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_first_of_equal_classes_is_the_argmax(library):
     x = torch.zeros(3, 5000)
     x[1, [4000, 4999]] = 1

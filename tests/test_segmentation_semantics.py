@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from minkernels import bce_dice_loss, bce_with_logits
+from minkernels.segmentation import reference
 from segmentation_cases import (
     REDUCTIONS,
     grad_of,
@@ -93,6 +94,14 @@ def test_a_mask_takes_entries_out_of_the_mean(library):
 def test_mean_is_the_mean_of_none_without_a_mask(per, library):
     x, t = make((2, 3, 8, 9))
     torch.testing.assert_close(bce_dice_loss(x, t, per=per), bce_dice_loss(x, t, per=per, reduction="none").mean())
+
+
+def test_the_reference_is_exact_in_fp64():
+    """Thirds, which are no float32."""
+    x = torch.zeros(1, 3, 1, dtype=torch.float64)
+    _, factors = reference.bce_dice_fwd(x, x, None, None, 1.0, 1.0, 1.0, False, True, "mean")
+    expected = torch.tensor([1 / 3, -2 / 3 / 1.5, 1 / 3 / 1.5 / 1.5], dtype=torch.float64)  # of sizes p = 0.5 and smooth 1
+    torch.testing.assert_close(factors, expected.expand(1, 3, 3), rtol=1e-15, atol=0)
 
 
 def test_smooth_0_and_nothing_there(library):

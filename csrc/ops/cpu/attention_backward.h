@@ -141,7 +141,16 @@ struct Row {        // of a tile
   A lse, lse_rest;  // in log2 units, their sum
   A delta;
   int64_t lo, hi;  // the columns that it sees
+  A by;            // what its scores are multiplied by to be in log2 units
 };
+
+// Scores that the forward has rounded before it subtracted from them are rounded here, too.
+template <class A>
+INLINE void round_huge(Row<A>& row, A* s, int64_t n) {
+  if (!(row.lse > HUGE_SCORE || row.lse < -HUGE_SCORE)) return;
+  for (int64_t j = 0; j < n; j += vector<A>::lanes) store(s + j, load(s + j) * splat(row.by));
+  row.by = 1;
+}
 
 // Where a row sees a column: all bits set.
 template <class A>
@@ -154,10 +163,16 @@ INLINE vec<A> where(M seen, vec<A> x) {
   return (vec<A>)((M)x & seen);
 }
 
+// At most 1: an lse of -1e9 in fp32 may be off by 64. In this order NaN stays.
+template <class V>
+INLINE V probability(V log_p) {
+  return exp2(min(V{}, log_p));
+}
+
 // p and ds: x = s in, p out; y = do v.T in, ds out.
 template <bool edge, class A>
-INLINE void gradients(vec<A>& x, vec<A>& y, vec<A> scale, const Row<A>& row, int64_t column) {
-  vec<A> p = exp2(x * scale - splat(row.lse) - splat(row.lse_rest)), ds = p * (y - splat(row.delta));
+INLINE void gradients(vec<A>& x, vec<A>& y, const Row<A>& row, int64_t column) {
+  vec<A> p = probability(x * splat(row.by) - splat(row.lse) - splat(row.lse_rest)), ds = p * (y - splat(row.delta));
   if constexpr (edge) {
     auto seen = seen_columns(row, column);
     p = where<A>(seen, p), ds = where<A>(seen, ds);
@@ -186,9 +201,7 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
     if (a.bias.data) score += load(bias + j);
     auto seen = seen_columns(row, j);
     if (a.mask.data) seen &= load(shown + j);
-    vec<A> log_p = score - splat(row.lse) - splat(row.lse_rest);
-    if (a.bias.data) log_p = log_p > 0 ? vec<A>{} : log_p;  // an lse of -1e9 in fp32 may be off by 64
-    vec<A> p = where<A>(seen, exp2(log_p));
+    vec<A> p = where<A>(seen, probability(score - splat(row.lse) - splat(row.lse_rest)));
     vec<A> kept = drop ? load(z + j) : splat(A(1));
     vec<A> ds = where<A>(seen, p * (dp * kept - splat(row.delta)));
     store(dbias + j, ds), sum += ds;
@@ -201,10 +214,9 @@ static void general_gradients(const Attention& a, const Sequence& s, int64_t h, 
 enum class Mode { whole, edge, done };  // every column is seen; some are; p and ds are there already
 
 template <class T, Mode mode>
-static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, acc_t<T> scale, const Row<acc_t<T>>* row) {
+static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, const Row<acc_t<T>>* row) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes, PACK = operand<T>::pack;
-  vec<A> by = splat(scale);
   for (int64_t i = 0; i < rows; i += PACK)
     for (int64_t j = 0; j < n; j += PACK * L) {
       vec<A> p[PACK][PACK], ds[PACK][PACK];  // [row][register]
@@ -213,7 +225,7 @@ static void gradient_rows(const Backward<T>& w, int64_t rows, int64_t n, acc_t<T
 #pragma GCC unroll 2
         for (int c = 0; c < PACK; c++) {
           p[r][c] = load(w.s + (i + r) * BWD_KEYS + j + c * L), ds[r][c] = load(w.ds + (i + r) * BWD_KEYS + j + c * L);
-          if constexpr (mode != Mode::done) gradients<mode == Mode::edge>(p[r][c], ds[r][c], by, row[i + r], j + c * L);
+          if constexpr (mode != Mode::done) gradients<mode == Mode::edge>(p[r][c], ds[r][c], row[i + r], j + c * L);
         }
 #if LEVEL_BF16_DOT
       if constexpr (PACK == 2) {
@@ -281,26 +293,32 @@ static void backward_keys(const Attention& a, const Sequence& s, int64_t kv_head
 
       Row<A> row[BWD_QUERIES];
       A dbias_sum[BWD_QUERIES];
+      const A by = A(a.scale * LOG2E);
       bool edge = rows % PACK;
       for (int64_t r = 0; r < round_up(rows, PACK); r++) {  // no such query, or one that sees no key: p = 0
         fetch(a.ahead, AHEAD_LINES);
         int64_t at = head * a.M + s.q0 + i0 + r;
         double lse = r < rows ? ((lse_t<T>*)a.lse)[at] * LOG2E : -__builtin_inf();
         if (lse == -__builtin_inf())
-          row[r] = {A(-lse), 0, 0, 0, 0};
+          row[r] = {A(-lse), 0, 0, 0, 0, by};
         else
-          row[r] = {A(lse), A(lse - A(lse)), ((A*)(a.work + a.delta))[slot + i0 + r], max(first_key(a, s, i0 + r) - j0, 0),
-                    min(last_key(a, s, i0 + r) - j0, keys)};
+          row[r] = {A(lse),
+                    A(lse - A(lse)),
+                    ((A*)(a.work + a.delta))[slot + i0 + r],
+                    max(first_key(a, s, i0 + r) - j0, 0),
+                    min(last_key(a, s, i0 + r) - j0, keys),
+                    by};
         edge |= row[r].lo > 0 || row[r].hi < n;
+        if (!general) round_huge(row[r], w.s + r * BWD_KEYS, n);
       }
       if (general) {
         for (int64_t r = 0; r < round_up(rows, PACK); r++)
           general_gradients<T>(a, s, h, min(i0 + r, s.M - 1), j0, keys, n, row[r], w.s + r * BWD_KEYS, w.ds + r * BWD_KEYS, dbias_sum[r]);
-        gradient_rows<T, Mode::done>(w, rows, n, 0, row);
+        gradient_rows<T, Mode::done>(w, rows, n, row);
       } else if (edge) {
-        gradient_rows<T, Mode::edge>(w, rows, n, A(a.scale * LOG2E), row);
+        gradient_rows<T, Mode::edge>(w, rows, n, row);
       } else {
-        gradient_rows<T, Mode::whole>(w, rows, n, A(a.scale * LOG2E), row);
+        gradient_rows<T, Mode::whole>(w, rows, n, row);
       }
       const auto add = [&](int64_t d, const W* x, const W* pairs, A* to) {
         for (int64_t j = 0, r = 0; j < keys; j += part, r = low)

@@ -72,6 +72,7 @@ static void forward_pack(const Attention& a, const Item& chunk, char* scratch) {
   if (!values_lie_packed<T>(a, s)) pack_keys<T>(a.v, s, h, first, n, a.Dv, nullptr, rows_of<T>(a, a.vn, s, h, z.dvp), z.dvp, scratch);
 }
 
+constexpr float HUGE_SCORE = 0x1p24f;
 template <class A>
 constexpr A lowest = -__FLT_MAX__;
 template <>
@@ -109,10 +110,13 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
     vec<A> shift = max(m_new, splat(lowest<A>));  // no score above -inf so far: avoid inf - inf
     store(f.factor + i, exp2(m - shift)), store(f.shift + i, shift), store(f.m + i, m_new);
   }
-  vec<A> by = splat(scale);
   for (int64_t i = 0; i < rows; i++) {
     A* s = f.s + i * STEP<T>;
-    vec<A> sum[PACK] = {}, shift = splat(f.shift[i]);
+    vec<A> sum[PACK] = {}, shift = splat(f.shift[i]), by = splat(scale);
+    if (f.shift[i] > HUGE_SCORE || f.shift[i] < -HUGE_SCORE) {  // what rounding made of the shift may be more than exp2 can take, where
+      for (int64_t j = 0; j < n[i]; j += L) store(s + j, load(s + j) * by);  // the scores are not rounded alike before it is subtracted
+      by = splat(A(1));
+    }
     const A* z = DROP ? multipliers(i) : nullptr;
     fetch(ahead, AHEAD_LINES);
     for (int64_t j = 0; j < n[i]; j += PACK * L) {

@@ -42,14 +42,16 @@ INLINE const A* natural_rows(const View& x, const Sequence& s, int64_t h, int64_
 }
 
 template <bool edge, class A>
-static void short_gradients(A* s, A* ds, int64_t rows, int64_t n, A scale, const Row<A>* row) {
+static void short_gradients(A* s, A* ds, int64_t rows, int64_t n, Row<A>* row) {
   constexpr int L = vector<A>::lanes;
-  for (int64_t r = 0; r < rows; r++)
+  for (int64_t r = 0; r < rows; r++) {
+    round_huge(row[r], s + r * n, n);
     for (int64_t j = 0; j < n; j += L) {
       vec<A> x = load(s + r * n + j), y = load(ds + r * n + j);
-      gradients<edge>(x, y, splat(scale), row[r], j);
+      gradients<edge>(x, y, row[r], j);
       store(s + r * n + j, x), store(ds + r * n + j, y);
     }
+  }
 }
 
 // What the queries first to first + rows - 1 of a head add to dk and dv, and their dq. k: natural rows.
@@ -66,6 +68,7 @@ static void short_queries(const Attention& a, const Short<A>& w, const Sequence&
   const A* dout = natural_rows<T>(a.dout, s, h, q0, rows, a.Dv, w.dvp, w.dout);
   int64_t n = round_up(keys, L), at = (s.b * a.H + h) * a.M + q0;
   Row<A> row[BWD_QUERIES];
+  const A by = A(a.scale * LOG2E);
   bool edge = false;
   for (int64_t r = 0; r < rows; r++) {
     fetch(a.ahead, 3 * AHEAD_LINES);
@@ -74,10 +77,14 @@ static void short_queries(const Attention& a, const Short<A>& w, const Sequence&
     vec<A> delta = {};
     for (int64_t d = 0; d < w.dvp; d += L) delta += load(o + d) * load(dout + r * w.dvp + d);
     if (lse == -__builtin_inf())  // it sees no key
-      row[r] = {A(-lse), 0, 0, 0, 0};
+      row[r] = {A(-lse), 0, 0, 0, 0, by};
     else
-      row[r] = {A(lse), A(lse - A(lse)), A(lanes_sum(delta) - (a.dlse ? ((const lse_t<T>*)a.dlse)[at + r] : 0)),
-                first_key(a, s, first + r) - begin, last_key(a, s, first + r) - begin};
+      row[r] = {A(lse),
+                A(lse - A(lse)),
+                A(lanes_sum(delta) - (a.dlse ? ((const lse_t<T>*)a.dlse)[at + r] : 0)),
+                first_key(a, s, first + r) - begin,
+                last_key(a, s, first + r) - begin,
+                by};
     edge |= row[r].lo > 0 || row[r].hi < n;
   }
   exact_product<Rows::exact>(rows, keys, a.D, q, w.dp, w.kt + begin * w.dp, panel, COLS<A> * w.dp, w.s, n);
@@ -89,9 +96,9 @@ static void short_queries(const Attention& a, const Short<A>& w, const Sequence&
       if (a.dbias.data && !a.dbias.d) *row_of<A>(a.dbias, s.b, h, first + r) += dbias_sum;
     }
   else if (edge)
-    short_gradients<true>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
+    short_gradients<true>(w.s, w.ds, rows, n, row);
   else
-    short_gradients<false>(w.s, w.ds, rows, n, A(a.scale * LOG2E), row);
+    short_gradients<false>(w.s, w.ds, rows, n, row);
   product<Start::add, Rows::transposed>(keys, a.Dv, rows, w.s, n, dout, w.dvp, COLS<A>, w.dv + begin * w.dvp, w.dvp);
   product<Start::add, Rows::transposed>(keys, a.D, rows, w.ds, n, q, w.dp, COLS<A>, w.dk + begin * w.dp, w.dp);
   product<Start::zero, Rows::exact>(rows, a.D, keys, w.ds, n, k + begin * w.dp, w.dp, COLS<A>, w.dq, w.dp);

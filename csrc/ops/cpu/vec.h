@@ -45,7 +45,17 @@ INLINE f32 max(f32 a, f32 b) {
   return a > b ? a : b;
 #endif
 }
+INLINE f32 min(f32 a, f32 b) {
+#if LEVEL_BYTES == 64
+  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
+#elif LEVEL_BYTES == 32
+  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 INLINE f64 max(f64 a, f64 b) { return a > b ? a : b; }
+INLINE f64 min(f64 a, f64 b) { return a < b ? a : b; }
 
 template <class C>
 struct lane {
@@ -215,10 +225,10 @@ INLINE To bits_as(From x) {
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-INLINE float widen(half x) {
-  float f = bits_as<float>(uint32_t(x.bits & 0x7fff) << 13) * 0x1p112f;  // the exponent's bias moves by 112; right for subnormals too
-  uint32_t special = f >= 65536.0f ? 0x7f800000u : 0u;                   // inf and NaN keep the mantissa
-  return bits_as<float>(bits_as<uint32_t>(f) | special | uint32_t(x.bits & 0x8000) << 16);
+INLINE float widen(half x) {  // no subnormal float on the way: a thread may take those for 0
+  uint32_t u = uint32_t(x.bits & 0x7fff), tiny = bits_as<uint32_t>(float(int32_t(u)) * 0x1p-24f);
+  uint32_t wide = (u << 13) + (u >= 0x7c00 ? 0x70000000u : 0x38000000u);  // inf and NaN keep the mantissa
+  return bits_as<float>((u < 0x400 ? tiny : wide) | uint32_t(x.bits & 0x8000) << 16);
 }
 INLINE void narrow(float x, float& y) { y = x; }
 INLINE void narrow(double x, double& y) { y = x; }

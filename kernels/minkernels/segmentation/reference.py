@@ -41,8 +41,8 @@ def bce_dice_fwd(input, target, pos_weight, mask, bce_weight, dice_weight, smoot
     above, below, present = 2 * both + smooth, sizes + smooth, count > 0
     dice = 1 - above / below
     if reduction == "mean":
-        total, per_dice = count.sum().expand(count.shape), present.sum()
-        loss = bce_weight * (bces.sum() / count.sum()) + dice_weight * (_keep(dice, present).sum() / present.sum())
+        total, per_dice = count.sum().expand(count.shape), present.sum().to(x.dtype)
+        loss = bce_weight * (bces.sum() / count.sum()) + dice_weight * (_keep(dice, present).sum() / per_dice)
     else:
         total, per_dice = count, 1
         loss = _keep(bce_weight * (bces / count) + dice_weight * dice, present)

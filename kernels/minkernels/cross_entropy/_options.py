@@ -135,4 +135,4 @@ def probs_grad(input: Tensor, target: Tensor, weight: Tensor | None, stats: Tens
     grad = ((m - transformed(input, x)) + log_d) * (S * (1 - x.label_smoothing))
     if weight is not None:
         grad = grad * weight.reshape([-1] + [1] * (input.dim() - 2))
-    return torch.empty_like(target).copy_(grad)
+    return grad.to(target.dtype)  # not copied into a tensor like target, which vmap may not have widened

@@ -128,7 +128,7 @@ def _loss(rows, target, weight, x, reduction, empty_zero):
     if not needs_grad(rows, target):
         return _fwd(rows, target, weight, *x, reduction, empty_zero, False)[0]
     early = reduction != "none" and not target.requires_grad and grad_early(rows)
-    return apply(_CrossEntropy, rows, target, weight, *x, reduction, empty_zero, early)[0]
+    return apply(_CrossEntropy, kept_by_graph(rows), target, weight, *x, reduction, empty_zero, early)[0]
 
 
 def token_logprobs(
@@ -230,6 +230,12 @@ def grad_early(input):
     return torch._C._functorch.peek_interpreter_stack() is None
 
 
+def kept_by_graph(input):
+    """input, for a Function whose eager form needs it no more after its forward: it may be written to then. The backward of a compiled
+    graph reads it again, and nobody would notice. Inductor takes the clone away where nothing writes."""
+    return input.clone() if torch.compiler.is_compiling() else input
+
+
 def _fwd_fake(input, target, weight, *options):
     *_, reduction, _, with_grad = options
     return new_loss(input, reduction), saved_stats(input, target), torch.empty_like(input) if with_grad else input.new_empty(0)
@@ -286,15 +292,18 @@ def _probs_grad(input, target, weight, stats, coefficients, *x):
     return probs_grad(input, target, weight, stats, coefficients, Options(*x))
 
 
-def may_hand_out(dloss: Tensor) -> bool:
-    """Whether a backward may give the gradient that the forward has written: not where a derivative of it is wanted, which would be
-    taken for 0, nor where there are many upstream gradients at once, nor, if that can be seen, for one that is not finite: what is
-    ignored would be 0 * inf, NaN."""
-    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return False
+def take_early(ctx, dloss: Tensor):
+    """ctx.early, what the forward has written, to one backward: a later one, and one at the same time, recomputes, and changes nothing
+    given before. None where a derivative of the gradient is wanted, which would be taken for 0; where there are many upstream gradients
+    at once; if that can be seen, where one is not finite: what is ignored would be 0 * inf, NaN; and in compiled autograd, whose graph
+    would take it again."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or dloss.dim():
+        return None
     if torch._C._functorch.is_legacy_batchedtensor(dloss):  # of autograd.grad(is_grads_batched=True)
-        return False
-    return not _is_number(dloss) or math.isfinite(dloss.item())
+        return None
+    if _is_number(dloss) and not math.isfinite(dloss.item()):
+        return None
+    return vars(ctx).pop("early", None)
 
 
 def scale(grad: Tensor, dloss: Tensor):
@@ -321,7 +330,7 @@ class _CrossEntropy(torch.autograd.Function):
         _, stats, grad = output
         ctx.save_for_backward(*tensors, stats)
         ctx.options = inputs[3:-1]
-        ctx.grad = grad if with_grad else None
+        ctx.early = grad if with_grad else None
         ctx.mark_non_differentiable(stats, grad)
         ctx.set_materialize_grads(False)  # else zeros as large as the logits, for the outputs that have no gradient
 
@@ -330,9 +339,8 @@ class _CrossEntropy(torch.autograd.Function):
         if dloss is None:
             return (None,) * 11
         no_gradient(ctx, weight=2)
-        dtarget = grad = None
-        if ctx.grad is not None and may_hand_out(dloss):  # once: a later backward recomputes, and changes nothing given before
-            grad, ctx.grad = ctx.grad, None
+        dtarget, grad = None, take_early(ctx, dloss)
+        if grad is not None:
             scale(grad, dloss)
         else:
             input, target, weight, stats = ctx.saved_tensors

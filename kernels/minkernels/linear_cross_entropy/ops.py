@@ -15,9 +15,9 @@ from minkernels.cross_entropy.ops import (
     in_shape,
     logprob_coefficients,
     logprobs_of,
-    may_hand_out,
     parallel,
     scale,
+    take_early,
 )  # fmt: skip
 from minkernels.linear_cross_entropy import reference
 
@@ -261,8 +261,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         _, stats, *grads = output
         ctx.save_for_backward(*inputs[:5], stats)
-        ctx.options, early = inputs[5:-3], inputs[-3:]
-        ctx.grads = [g if want else None for g, want in zip(grads, early, strict=True)] if any(early) else None
+        ctx.options, wanted = inputs[5:-3], inputs[-3:]
+        ctx.early = [g if want else None for g, want in zip(grads, wanted, strict=True)] if any(wanted) else None
         ctx.mark_non_differentiable(stats, *grads)
         ctx.set_materialize_grads(False)
 
@@ -271,9 +271,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dloss is None:
             return (None,) * 16
         no_gradient(ctx, weight=4)
-        dtarget = None
-        if ctx.grads is not None and may_hand_out(dloss):  # once, as in cross_entropy
-            (dinput, dweight, dbias), early, ctx.grads = ctx.grads, ctx.grads, None
+        dtarget, early = None, take_early(ctx, dloss)
+        if early is not None:
+            dinput, dweight, dbias = early
             for grad in early:
                 if grad is not None:
                     scale(grad if grad.dim() == 2 else grad.view(len(grad), -1), dloss)

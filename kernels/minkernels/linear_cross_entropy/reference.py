@@ -29,11 +29,12 @@ def grad(input, linear_weight, target, linear_bias, weight, coefficients, stats,
     logits, none = _logits(input, linear_weight, linear_bias), input.new_empty(0)
     g = reference.grad(logits, target, weight, coefficients, *options).flatten(1)
     W = linear_weight.flatten(0, -2)
+    dtarget = None if stats is None else probs_grad(logits, target, weight, stats, coefficients, Options(*options))
     return (
         torch.empty_like(input).copy_(g @ W.to(g.dtype)) if dinput else none,
         (g.T @ input.to(g.dtype)).view(linear_weight.shape).to(linear_weight.dtype) if dweight else none,
         torch.empty_like(linear_bias).copy_(g.sum(0).view(linear_bias.shape)) if dbias else none,
-        none if stats is None else probs_grad(logits, target, weight, stats, coefficients, Options(*options)),
+        none if dtarget is None else torch.empty_like(target).copy_(dtarget),
     )
 
 

@@ -16,7 +16,7 @@ from minkernels._checks import (
     on_one_device,
 )
 from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
-from minkernels.cross_entropy.ops import grad_early, may_hand_out, scale
+from minkernels.cross_entropy.ops import grad_early, kept_by_graph, scale, take_early
 from minkernels.segmentation import reference
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
@@ -164,7 +164,7 @@ def bce_dice_loss(
     """
     _check_input(input, 2)
     check_tensor("target", target)
-    if target.shape == (input.shape[0], *input.shape[2:]):
+    if target.dim() < input.dim() and target.shape == (input.shape[0], *input.shape[2:]):
         _check_class_map(input, target)
     else:
         _check_target(input, target)
@@ -182,7 +182,7 @@ def bce_dice_loss(
         _check_weights(input, "pos_weight", pos_weight)
         if pos_weight.shape != input.shape[1:2]:
             raise ValueError(f"pos_weight must be (C={input.shape[1]},), got {tuple(pos_weight.shape)}")
-    if isinstance(mask, Tensor) and not mask.is_nested and mask.shape == (input.shape[0], *input.shape[2:]):
+    if isinstance(mask, Tensor) and is_dense(mask) and mask.dim() < input.dim() and mask.shape == (input.shape[0], *input.shape[2:]):
         mask = mask.unsqueeze(1)
     args = traceable(input, target, pos_weight, _mask(input, mask), *map(float, numbers), squared, per == "image", reduction)
     return (apply(_BCEDice, *args) if needs_grad(args[0]) else _bce_dice_fwd(*args))[0]
@@ -192,7 +192,7 @@ def _sigmoid_loss(input, *options):
     (input,) = traceable(input)
     if not needs_grad(input):
         return _sigmoid_loss_fwd(input, *options, False)[0]
-    return apply(_SigmoidLoss, input, *options, options[-1] != "none" and grad_early(input))[0]
+    return apply(_SigmoidLoss, kept_by_graph(input), *options, options[-1] != "none" and grad_early(input))[0]
 
 
 def _check_input(input, least):
@@ -286,7 +286,7 @@ class _SigmoidLoss(torch.autograd.Function):
         *tensors, ctx.alpha, ctx.gamma, _, with_grad = inputs
         _, scale, grad = output
         ctx.save_for_backward(*tensors, scale)
-        ctx.grad = grad if with_grad else None
+        ctx.early = grad if with_grad else None
         ctx.mark_non_differentiable(scale, grad)
         ctx.set_materialize_grads(False)  # else zeros as large as the logits, for the outputs that have no gradient
 
@@ -295,10 +295,10 @@ class _SigmoidLoss(torch.autograd.Function):
         if dloss is None:
             return (None,) * 9
         no_gradient(ctx, target=1, weight=2, pos_weight=3)
-        if ctx.grad is None or not may_hand_out(dloss):
+        grad = take_early(ctx, dloss)
+        if grad is None:
             grad = _sigmoid_loss_bwd(dloss, *ctx.saved_tensors, ctx.alpha, ctx.gamma)
-        else:  # once: a later backward recomputes, and changes nothing given before
-            grad, ctx.grad = ctx.grad, None
+        else:
             scale(grad.as_strided((1, grad.numel()), (grad.numel(), 1)), dloss)  # dense, whatever its order
         return grad, *(None,) * 8
 

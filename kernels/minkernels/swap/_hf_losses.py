@@ -122,7 +122,7 @@ def no_linear(model: nn.Module) -> str:
 def _plain_head(model):
     head = model.lm_head
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
-    return type(head) is nn.Linear and "forward" not in vars(head) and not hooks
+    return type(head) is nn.Linear and "forward" not in vars(head) and not hooks and not nn.modules.module._has_any_global_hook()
 
 
 def without_logits(model: nn.Module, *args, **given):

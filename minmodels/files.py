@@ -19,6 +19,7 @@ from minmodels import UserError
 CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "run.json"  # a config.json would make it a folder of Hugging Face
 METRICS = "metrics.jsonl"
+LOSS = "loss.png"
 
 
 def save_checkpoint(path: Path, tensors: dict[str, Tensor], meta: dict):
@@ -100,6 +101,25 @@ class Metrics:
             except OSError:
                 f.truncate(end)
                 raise
+
+
+@contextlib.contextmanager
+def claimed(folder: Path):
+    """For one run at a time; the system lets go of it when a process ends, however it does. Raises UserError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with writing(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing to {folder}") from error
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

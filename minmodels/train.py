@@ -75,22 +75,25 @@ def train(
         raise Trained(f"{path} is trained already ({spent}), its pictures are drawn anew: ask for more with --steps or --minutes", scores)
     with files.writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            path.unlink(missing_ok=True)
-        metrics = files.Metrics(path.with_name(files.METRICS), upto=run.step)
-    with files.replacing(path.with_name(files.CONFIG)) as part:
-        part.write_text(json.dumps({"model": name, "config": run.recipe.meta()["config"], "options": asdict(run.options)}, indent=1))
-    console.print(run, soft_wrap=True)
+    with files.claimed(path.parent):
+        return _train(run, path, console)
 
+
+def _train(run: "Run", path: Path, console: Console) -> tuple[dict[str, float], str]:
+    console.print(run, soft_wrap=True)
     columns = BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     task, before = bar.add_task("", total=1.0, completed=run.progress()), (run.step, run.seconds)
     with Signals() as signals, bar:
-        done = stop = False
+        done = stop = metrics = None
         while not (done or stop):
-            metrics.pending.append(run.train_step())
+            since, record = run.step, run.train_step()
+            if metrics is None:  # only now: what fails at once leaves there what it would replace
+                run.finite(float(record["loss"]), run.step)
+                metrics = _start(run, path, since)
+            metrics.pending.append(record)
             done, stop = run.progress() >= 1, bool(signals.number)
-            evaluate = done or run.step % options.eval_every == 0
+            evaluate = done or run.step % run.options.eval_every == 0
             if evaluate or stop or metrics.due():
                 losses = [run.finite(record["loss"], record["step"]) for record in metrics.flush()]
                 speed = (run.step - before[0]) * run.units / (run.seconds - before[1])
@@ -105,9 +108,22 @@ def train(
             if evaluate:  # only now: who reads this may be gone
                 console.print(f"{state}  {told(scores)}", soft_wrap=True)
     if not done:
-        again = f"python -m minmodels train {name} --out {quote(str(path.parent))} --resume"
+        again = f"python -m minmodels train {run.name} --out {quote(str(path.parent))} --resume"
         raise Interrupted(f"interrupted; {path} holds step {run.step}", signals.number, again)
     return scores, run.finish(path.parent)
+
+
+def _start(run: "Run", path: Path, since: int) -> files.Metrics:
+    """The files of a run from the step `since` of its checkpoint on; from 0 on they are new ones."""
+    with files.writing(path.parent):
+        if not since:
+            for name in (files.CHECKPOINT, files.LOSS):
+                path.with_name(name).unlink(missing_ok=True)
+        metrics = files.Metrics(path.with_name(files.METRICS), upto=since)
+    with files.replacing(path.with_name(files.CONFIG)) as part:
+        part.write_text(json.dumps({"model": run.name, "config": run.recipe.meta()["config"], "options": asdict(run.options)}, indent=1))
+    run.clock = time.perf_counter()
+    return metrics
 
 
 def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
@@ -139,7 +155,8 @@ def _saved(name: str, meta: dict, checkpoint) -> dict:
 def _resumed(kind: type[TrainOptions], saved: dict, given: dict) -> TrainOptions:
     for key in saved.keys() - set(FREE) - set(_data(kind)):
         if given.get(key, saved[key]) != saved[key]:
-            raise UserError(f"--{key.replace('_', '-')} {given[key]}: the checkpoint was trained with {saved[key]}")
+            before = "none" if saved[key] == "" else saved[key]
+            raise UserError(f"--{key.replace('_', '-')} {given[key]}: the checkpoint was trained with {before}")
     if "steps" in given:
         saved = {**saved, "minutes": 0.0}
     return kind(**{**saved, **given})
@@ -205,7 +222,7 @@ class Run:
     def finish(self, folder: Path) -> str:
         """Draws the pictures, after heldout(); returns the last line that training prints."""
         figure = loss_figure(folder / files.METRICS, f"{self.name} learns {self.recipe.data.split(':')[0]}", self.recipe.loss_unit)
-        with files.replacing(folder / "loss.png") as part:
+        with files.replacing(folder / files.LOSS) as part:
             figure.savefig(part)
         self.model.eval()
         with using(self.options.kernels):
@@ -222,8 +239,8 @@ class Run:
             kept = f", {path} is as it was" if path.exists() else ""
             raise UserError(f"step {self.step} is not saved{kept}: {wrong[0]} is not finite, try a lower --lr than {self.options.lr}")
         tensors = {f"model.{name}": t for name, t in weights.items()}
-        for name, state in self._states():
-            tensors |= {f"optimizer.{name}.{key}": t for key, t in state.items()}
+        states = [(f"optimizer.{name}.{key}", t) for name, _, state in self._states() for key, t in state.items()]
+        tensors.update(states)
         meta = {
             "model": self.name,
             **self.recipe.meta(),
@@ -231,6 +248,7 @@ class Run:
             "options": asdict(self.options),
             "step": self.step,
             "seconds": self.seconds,
+            "optimizer": len(states),  # tensors
         }
         files.save_checkpoint(path, tensors | {"generator": self.generator.get_state()}, meta)
         self.clock = time.perf_counter()
@@ -248,23 +266,28 @@ class Run:
     def restore(self, tensors: dict[str, Tensor], meta: dict):
         self.check_data(meta)
         self.load_model(tensors)
-        states = dict(self._states())
+        states = {name: (p, state) for name, p, state in self._states()}
+        given = {key.removeprefix("optimizer."): t for key, t in tensors.items() if key.startswith("optimizer.")}
         try:
-            for key, t in tensors.items():
-                if key.startswith("optimizer."):
-                    name, _, slot = key.removeprefix("optimizer.").rpartition(".")
-                    states[name][slot] = t.to(self.device)
+            if len(given) != meta.get("optimizer"):
+                raise KeyError(f"{len(given)} of {meta.get('optimizer')} tensors")
+            for key, t in given.items():
+                name, _, slot = key.rpartition(".")
+                p, state = states[name]
+                if t.dim() and t.shape != p.shape:
+                    raise KeyError(f"{key} is {tuple(t.shape)}, not {tuple(p.shape)}")
+                state[slot] = t.to(self.device)
             self.generator.set_state(tensors["generator"])
         except (KeyError, RuntimeError) as error:  # RuntimeError: of set_state()
             raise UserError(f"the checkpoint is damaged: its optimizer or generator does not fit ({error})") from error
         self.step, self.seconds = meta["step"], meta["seconds"]
 
     def _states(self):
-        """(name of a parameter, its optimizer's state)."""
+        """(name, parameter, its optimizer's state)."""
         names = {id(p): name for name, p in self.model.named_parameters()}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                yield from ((names[id(p)], optimizer.state[p]) for p in group["params"])
+                yield from ((names[id(p)], p, optimizer.state[p]) for p in group["params"])
 
     def _autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16) if self.options.dtype == "bfloat16" else contextlib.nullcontext()

@@ -114,6 +114,25 @@ def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, caps
     assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
 
 
+def test_a_run_that_fails_at_once_overwrites_nothing(book, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert tiny(book, out, "--steps", 2) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(train.Run, "_loss", lambda self, *args: torch.full((), float("nan"), requires_grad=True) * 1)
+    assert tiny(book, out, "--steps", 3, "--overwrite") == 2
+    assert "the loss is nan at step 1" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_two_runs_in_one_folder(book, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    with files.claimed(out):
+        assert tiny(book, out, "--steps", 2) == 2
+    assert capsys.readouterr().err == f"error: another run is writing to {out}\n" and not [*out.iterdir()]
+    assert tiny(book, out, "--steps", 2) == 0
+
+
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     loss = train.Run._loss
@@ -127,7 +146,21 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypa
 DAMAGE = {  # of (tensors, meta), or of the metrics; the message
     "option": (lambda t, meta: meta["options"].update(n_expert=4), "was trained with --n-expert, which this version does not have"),
     "generator": (lambda t, meta: t.pop("generator"), r"the checkpoint is damaged: .* does not fit \('generator'\)"),
-    "optimizer": (lambda t, meta: t.update({"optimizer.x.exp_avg": torch.zeros(1)}), r"the checkpoint is damaged: .* \('x'\)"),
+    "optimizer": (
+        lambda t, meta: t.update({"optimizer.x.exp_avg": t.pop(next(k for k in t if k.endswith(".exp_avg")))}),
+        r"the checkpoint is damaged: .* \('x'\)",
+    ),
+    "no optimizer": (
+        lambda t, meta: [t.pop(k) for k in [*t] if k.startswith("optimizer.")],
+        r"the checkpoint is damaged: .* \('0 of \d+ tensors'\)",
+    ),
+    "optimizer's shapes": (
+        lambda t, meta: t.update({k: x[:1].clone() for k, x in t.items() if k.endswith(".exp_avg")}),
+        r"the checkpoint is damaged: .* is \(1,.*\), not \(.*\)'\)",
+    ),
+    "step": (lambda t, meta: meta.pop("step"), "is damaged: its step is None"),
+    "a negative step": (lambda t, meta: meta.update(step=-5), "is damaged: its step is -5"),
+    "no options": (lambda t, meta: meta.update(options=None), "is damaged: its options is None"),
     "metrics": (None, r"metrics\.jsonl, line 2: no record of a training, delete the line"),
 }
 

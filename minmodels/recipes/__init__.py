@@ -15,6 +15,8 @@ from minmodels import UserError, files
 from minmodels.device import pick_device
 from minmodels.options import MODELS, TrainOptions
 
+META = {"options": dict, "data_sha256": str, "step": int, "seconds": int | float}  # what a training writes of every model
+
 
 class Recipe(ABC):
     """A subclass loads its data and sets `model`, built from `config`, a dataclass; and `data`, a name of the data and its size for people.
@@ -104,7 +106,11 @@ def load(name: str, checkpoint: str, device: str = "") -> tuple[nn.Module, dict]
 
 def check_model(name: str, meta: dict, checkpoint):
     if meta.get("model") != name:
-        raise UserError(f"{checkpoint} is a checkpoint of {meta.get('model')}, not of {name}")
+        raise UserError(f"{checkpoint} is a checkpoint of {meta.get('model', 'no model')}, not of {name}")
+    for key, kind in META.items():
+        found = meta.get(key)
+        if not isinstance(found, kind) or (isinstance(found, int | float) and found < 0):
+            raise UserError(f"{checkpoint} is damaged: its {key} is {found!r}")
 
 
 @contextlib.contextmanager

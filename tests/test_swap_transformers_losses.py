@@ -189,6 +189,8 @@ def test_linear_cross_entropy_other_calls(library):
     assert kept.logits.shape == (B, 4, V)
     with model.lm_head.register_forward_hook(lambda *_: None):
         assert model(**given).logits is not None
+    with torch.nn.modules.module.register_module_forward_hook(lambda *_: None):  # of all modules
+        assert model(**given).logits is not None
     assert "hidden_states" in model(**given, output_hidden_states=True)
     inner = model.forward
     model.forward = lambda *args, **more: inner(*args, **more)  # as others wrap it

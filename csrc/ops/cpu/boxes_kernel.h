@@ -20,7 +20,7 @@ INLINE V ratio(V x, V y) {  // x / y, and 0 / 0 = 0
 // atan(x / y), with 0 / 0 = 0: of the smaller side over the larger, and the rest by symmetry. Absolute error under 2e-7.
 INLINE f32 angle_of(f32 x, f32 y) {
   f32 p = x < 0 ? -x : x, q = y < 0 ? -y : y;
-  f32 t = ratio(least(q, p), greatest(q, p)), u = t * t;
+  f32 t = ratio(min(q, p), max(q, p)), u = t * t;
   f32 s = splat(-1.793604012e-3f);  // minimax (Remez) of atan(t) / t with the first coefficient 1: relative error 2.6e-9
   s = s * u + splat(1.091452438e-2f);
   s = s * u + splat(-3.117768948e-2f);
@@ -53,8 +53,8 @@ constexpr double PI = 3.14159265358979324;
 // The smallest box around both.
 template <bool ALIGNED, class A>
 INLINE void hull(const Corners<A>& a, const Corners<A>& b, vec<A>& w, vec<A>& h) {
-  w = greatest(a.x2, b.x2) - least(a.x1, b.x1), h = greatest(a.y2, b.y2) - least(a.y1, b.y1);
-  if (!ALIGNED) w = greatest(w, vec<A>{}), h = greatest(h, vec<A>{});
+  w = max(a.x2, b.x2) - min(a.x1, b.x1), h = max(a.y2, b.y2) - min(a.y1, b.y1);
+  if (!ALIGNED) w = max(w, vec<A>{}), h = max(h, vec<A>{});
 }
 
 template <int KIND, bool ALIGNED, class A>
@@ -116,7 +116,7 @@ INLINE void derivative(const Box<A>& a, const Box<A>& b, vec<A> eps, vec<A> g, C
     turn = g * (splat(A(-8 / (PI * PI))) * ratio(v, one - iou + v + eps) * angle);
   }
   // A minimum or maximum hands half to each where they are equal; clamp(w, 0) hands on what it is given from 0 on, a loss only above.
-  V by_w = g * (by_inter * greatest(meet.h, zero)), by_h = g * (by_inter * greatest(meet.w, zero));
+  V by_w = g * (by_inter * max(meet.h, zero)), by_h = g * (by_inter * max(meet.w, zero));
   by_w = (ALIGNED ? meet.w <= zero : meet.w < zero) ? zero : by_w, by_h = (ALIGNED ? meet.h <= zero : meet.h < zero) ? zero : by_h;
   by_area = g * by_area, by_hull_w = g * by_hull_w, by_hull_h = g * by_hull_h;
   V left = share(a.at.x1, b.at.x1), top = share(a.at.y1, b.at.y1), right = share(b.at.x2, a.at.x2), bottom = share(b.at.y2, a.at.y2);

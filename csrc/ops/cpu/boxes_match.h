@@ -56,7 +56,7 @@ static void match_part(const Match& m, int64_t task, char* scratch) {
         bool found = false;
         for (int64_t i = block; i < min(block + BLOCK, n); i += L) {
           Meeting<A> meet = meeting(load_corners(corners + i, apart), gt);
-          if (first + g && !any_above_0(least(meet.w, meet.h))) continue;
+          if (first + g && !bits_above(min(meet.w, meet.h), vec<A>{})) continue;
           vec<A> x = iou(overlap(meet, load(areas + i), gt_area)), old = load(best + i);
           vec<I> better = x > old, tops = x > top;
           store(best + i, better ? x : old), store(best_at + i, better ? number : load(best_at + i));

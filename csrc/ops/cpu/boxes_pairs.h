@@ -106,7 +106,7 @@ static void pairs_grad(const Pairs& p, int64_t task, char* scratch) {
         bool some = false;
         for (int64_t j = 0; j < n; j += L) {
           vec<A> g = load(upstream + j);
-          if (!any_above_0(g == vec<A>{} ? vec<A>{} : splat(A(1)))) continue;
+          if (!bits_above(g == vec<A>{} ? vec<A>{} : splat(A(1)), vec<A>{})) continue;
           Corners<A> da, db;
           derivative<KIND, false>(a, load_box<KIND>(columns + j), eps, g, da, db);
           of_row.x1 += da.x1, of_row.y1 += da.y1, of_row.x2 += da.x2, of_row.y2 += da.y2;

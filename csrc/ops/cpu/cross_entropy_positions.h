@@ -203,25 +203,18 @@ static void read_labels(const Softmax& a, int64_t b, int64_t first, int64_t n, T
   x.some_ignored = ignored > 0;
 }
 
-// A register of elements in their own order, and back.
-typedef uint16_t words __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
-template <class A>
-INLINE vec<A> load_wide(const A* p) {
-  return load(p);
-}
-INLINE f32 load_wide(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const words*)p, u32) << 16); }
+// Back from load_wide().
 INLINE f32 narrowed(f32 x, const float*) { return x; }
 INLINE f64 narrowed(f64 x, const double*) { return x; }
-INLINE words narrowed(f32 x, const bfloat16*) {
+INLINE u16 narrowed(f32 x, const bfloat16*) {
 #if LEVEL_BF16_DOT
-  return (words)_mm512_cvtneps_pbh((__m512)x);
+  return (u16)_mm512_cvtneps_pbh((__m512)x);
 #else
-  return __builtin_convertvector(rounded_bf16(x) >> 16, words);
+  return __builtin_convertvector(rounded_bf16(x) >> 16, u16);
 #endif
 }
 #if LEVEL_BYTES == 64
-INLINE f32 load_wide(const half* p) { return (f32)_mm512_cvtph_ps((__m256i) * (const words*)p); }
-INLINE words narrowed(f32 x, const half*) { return (words)_mm512_cvtps_ph((__m512)x, 0); }
+INLINE u16 narrowed(f32 x, const half*) { return (u16)_mm512_cvtps_ph((__m512)x, 0); }
 #endif
 
 // K classes: z, and the largest so far.

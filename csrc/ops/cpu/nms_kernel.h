@@ -3,32 +3,6 @@
 
 #include "nms_order.h"
 
-#if LEVEL_BYTES == 64
-INLINE f32 smaller(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }
-INLINE f64 smaller(f64 a, f64 b) { return (f64)_mm512_min_pd((__m512d)a, (__m512d)b); }
-INLINE f64 larger(f64 a, f64 b) { return (f64)_mm512_max_pd((__m512d)a, (__m512d)b); }
-INLINE uint32_t above(f32 a, f32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
-INLINE uint32_t above(f64 a, f64 b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ); }
-#elif LEVEL_BYTES == 32
-INLINE f32 smaller(f32 a, f32 b) { return (f32)_mm256_min_ps((__m256)a, (__m256)b); }
-INLINE f64 smaller(f64 a, f64 b) { return (f64)_mm256_min_pd((__m256d)a, (__m256d)b); }
-INLINE f64 larger(f64 a, f64 b) { return (f64)_mm256_max_pd((__m256d)a, (__m256d)b); }
-INLINE uint32_t above(f32 a, f32 b) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ))); }
-INLINE uint32_t above(f64 a, f64 b) { return uint32_t(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ))); }
-#else
-INLINE f32 smaller(f32 a, f32 b) { return a < b ? a : b; }
-INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
-INLINE f64 larger(f64 a, f64 b) { return a > b ? a : b; }
-template <class V>
-INLINE uint32_t above(V a, V b) {
-  auto yes = a > b;
-  uint32_t bits = 0;
-  for (int i = 0; i < int(sizeof(V) / sizeof(a[0])); i++) bits |= uint32_t(yes[i] & 1) << i;
-  return bits;
-}
-#endif
-INLINE f32 larger(f32 a, f32 b) { return max(a, b); }
-
 template <class C>
 struct Places {
   C *x1, *y1, *x2, *y2, *area;
@@ -72,12 +46,12 @@ struct Boxes {
 // Which of a register's boxes suppress b, as bits; areas are positive and finite, all lanes beyond the list give anything.
 template <class C>
 INLINE uint32_t overlaps(const Boxes<C>& a, const Candidate<C>& b, const Limits<C>& limits) {
-  vec<C> w = smaller(a.x2, b.x2) - larger(a.x1, b.x1);
-  vec<C> h = smaller(a.y2, b.y2) - larger(a.y1, b.y1);
-  vec<C> inter = larger(w, vec<C>{}) * h;  // where h is negative, it is not above 0 and no candidate
+  vec<C> w = min(a.x2, b.x2) - max(a.x1, b.x1);
+  vec<C> h = min(a.y2, b.y2) - max(a.y1, b.y1);
+  vec<C> inter = max(w, vec<C>{}) * h;  // where h is negative, it is not above 0 and no candidate
   vec<C> whole = a.area + b.area - inter;
-  uint32_t maybe = above(inter, limits.reject * whole);
-  return __builtin_expect(maybe != 0, 0) ? maybe & above(inter / whole, limits.threshold) : 0;
+  uint32_t maybe = bits_above(inter, limits.reject * whole);
+  return __builtin_expect(maybe != 0, 0) ? maybe & bits_above(inter / whole, limits.threshold) : 0;
 }
 
 // The first of n boxes from `at` on that suppresses b, or n. `steps` counts the registers looked at.

@@ -157,24 +157,15 @@ INLINE void pack_scores(word_t<T>* to, int64_t i, const vec<acc_t<T>>* x) {
 }
 
 // A register of words of a natural row that lies in memory as it is, whole.
-INLINE f32 widen_words(const float* p) { return load(p); }
-INLINE f64 widen_words(const double* p) { return load(p); }
-typedef uint16_t u16_half __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
-INLINE f32 widen_words(const half* p) {  // as widen()
-#if LEVEL_BYTES == 64
-  return (f32)_mm512_cvtph_ps(*(const __m256i_u*)p);
-#else
-  u32 x = __builtin_convertvector(*(const u16_half*)p, u32), u = x & 0x7fff;
-  u32 wide = (u << 13) + (u >= 0x7c00 ? splat(0x70000000u) : splat(0x38000000u));
-  u32 tiny = (u32)(__builtin_convertvector((i32)u, f32) * 0x1p-24f);
-  return (f32)((u < 0x400 ? tiny : wide) | (x & 0x8000) << 16);
-#endif
-}
 #if LEVEL_BF16_DOT
 INLINE u32 widen_words(const bfloat16* p) { return load((const uint32_t*)p); }
 #else
-INLINE f32 widen_words(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const u16_half*)p, u32) << 16); }
+INLINE f32 widen_words(const bfloat16* p) { return load_wide(p); }
 #endif
+template <class T>
+INLINE auto widen_words(const T* p) {
+  return load_wide(p);
+}
 
 // Two natural rows as one row of a b operand: word j holds element j of both.
 #if LEVEL_BF16_DOT

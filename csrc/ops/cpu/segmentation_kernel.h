@@ -122,6 +122,7 @@ INLINE void bce(const Sigmoid<A>& s, vec<A> t, vec<A> pos_weight, vec<A>& linear
 
 // Reading and writing blocks.
 
+INLINE void read_run(float* to, const half* from, int64_t stride, int64_t n) { widen_row(to, from, stride, n); }
 template <class T, class A>
 INLINE void read_run(A* to, const T* from, int64_t stride, int64_t n) {
   if (stride == 1)

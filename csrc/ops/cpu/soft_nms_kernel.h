@@ -1,16 +1,5 @@
 // Soft-NMS and Matrix NMS on one level. Every operation rounds once, in the order of reference.py: compiled without contraction.
 
-INLINE f32 smaller(f32 a, f32 b) {
-#if LEVEL_BYTES == 64
-  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
-#elif LEVEL_BYTES == 32
-  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-INLINE f64 smaller(f64 a, f64 b) { return a < b ? a : b; }
-
 // A bit for each lane of a comparison's result.
 INLINE uint32_t lane_bits(i32 m) {
 #if LEVEL_BYTES == 64
@@ -43,9 +32,9 @@ struct Overlap {
 template <class A>
 INLINE Overlap<A> overlap(const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
   Overlap<A> o;
-  o.w = smaller(load(b.x2 + i), splat(box.x2)) - max(load(b.x1 + i), splat(box.x1));
-  o.h = smaller(load(b.y2 + i), splat(box.y2)) - max(load(b.y1 + i), splat(box.y1));
-  o.bits = lane_bits(smaller(o.w, o.h) > 0);
+  o.w = min(load(b.x2 + i), splat(box.x2)) - max(load(b.x1 + i), splat(box.x1));
+  o.h = min(load(b.y2 + i), splat(box.y2)) - max(load(b.y1 + i), splat(box.y1));
+  o.bits = bits_above(min(o.w, o.h), vec<A>{});
   return o;
 }
 // Of the lanes that overlap; of the others any number.
@@ -53,7 +42,7 @@ template <class A>
 INLINE vec<A> iou(const Overlap<A>& o, const SoftBoxes<A>& b, int64_t i, const SoftBox<A>& box) {
   vec<A> both = o.w * o.h, ratio = both / (load(b.area + i) + box.area - both);
   ratio = ratio == ratio ? ratio : vec<A>{};
-  return smaller(ratio, splat(A(1)));
+  return min(ratio, splat(A(1)));
 }
 
 // exp(-u): exp_of_minus() of reference.py.
@@ -66,7 +55,7 @@ INLINE vec<A> exp_of_minus(vec<A> u) {
   constexpr double one_over_factorial[] = {1.,           1. / 1,        1. / 2,         1. / 6,          1. / 24,
                                            1. / 120,     1. / 720,      1. / 5040,      1. / 40320,      1. / 362880,
                                            1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800.};
-  vec<A> v = smaller(u, splat(A(most)));
+  vec<A> v = min(u, splat(A(most)));
   vec<lane_t<A>> n = __builtin_convertvector(v * A(LOG2E) + A(0.5), vec<lane_t<A>>);
   vec<A> k = __builtin_convertvector(n, vec<A>), r = (k * A(high) - v) + k * A(low), p = splat(A(one_over_factorial[degree]));
 #pragma GCC unroll 13
@@ -106,7 +95,7 @@ static A lower(const SoftBoxes<A>& boxes, A* scores, int64_t n, const SoftBox<A>
       Overlap<A> o = overlap(boxes, i, kept[k]);
       if (!o.bits) continue;
       vec<A> x = iou(o, boxes, i, kept[k]);
-      auto lowers = smaller(o.w, o.h) > 0;
+      auto lowers = min(o.w, o.h) > 0;
       vec<A> w;
       if (d.gaussian) {
         w = exp_of_minus<A>(x * x * d.factor);
@@ -135,7 +124,7 @@ static void matrix(const SoftBoxes<A>& b, int64_t n, A* scores, A* c, const Deca
       Overlap<A> o = overlap(b, i, box);
       if (!o.bits) continue;
       vec<A> x = iou(o, b, i, box), above = load(c + i);
-      x = (smaller(o.w, o.h) > 0) & (lane_numbers<A>() < lane_t<A>(min(j - i, L))) ? x : vec<A>{};
+      x = (min(o.w, o.h) > 0) & (lane_numbers<A>() < lane_t<A>(min(j - i, L))) ? x : vec<A>{};
       most = max(x, most);
       if (d.gaussian) {
         m = max(x * x - above, m);

@@ -36,26 +36,35 @@ INLINE vec<C> splat(C x) {
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-INLINE f32 max(f32 a, f32 b) {
+
+// Of lanes of which one is a NaN, min and max give the second. bits_above: a bit for each lane in which a > b.
 #if LEVEL_BYTES == 64
-  return (f32)_mm512_max_ps((__m512)a, (__m512)b);
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE f64 min(f64 a, f64 b) { return (f64)_mm512_min_pd((__m512d)a, (__m512d)b); }
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f64 max(f64 a, f64 b) { return (f64)_mm512_max_pd((__m512d)a, (__m512d)b); }
+INLINE uint32_t bits_above(f32 a, f32 b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ); }
+INLINE uint32_t bits_above(f64 a, f64 b) { return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ); }
 #elif LEVEL_BYTES == 32
-  return (f32)_mm256_max_ps((__m256)a, (__m256)b);
+INLINE f32 min(f32 a, f32 b) { return (f32)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE f64 min(f64 a, f64 b) { return (f64)_mm256_min_pd((__m256d)a, (__m256d)b); }
+INLINE f32 max(f32 a, f32 b) { return (f32)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE f64 max(f64 a, f64 b) { return (f64)_mm256_max_pd((__m256d)a, (__m256d)b); }
+INLINE uint32_t bits_above(f32 a, f32 b) { return uint32_t(_mm256_movemask_ps((__m256)(a > b))); }
+INLINE uint32_t bits_above(f64 a, f64 b) { return uint32_t(_mm256_movemask_pd((__m256d)(a > b))); }
 #else
-  return a > b ? a : b;
-#endif
-}
-INLINE f32 min(f32 a, f32 b) {
-#if LEVEL_BYTES == 64
-  return (f32)_mm512_min_ps((__m512)a, (__m512)b);
-#elif LEVEL_BYTES == 32
-  return (f32)_mm256_min_ps((__m256)a, (__m256)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-INLINE f64 max(f64 a, f64 b) { return a > b ? a : b; }
+INLINE f32 min(f32 a, f32 b) { return a < b ? a : b; }
 INLINE f64 min(f64 a, f64 b) { return a < b ? a : b; }
+INLINE f32 max(f32 a, f32 b) { return a > b ? a : b; }
+INLINE f64 max(f64 a, f64 b) { return a > b ? a : b; }
+template <class V>
+INLINE uint32_t bits_above(V a, V b) {
+  const auto above = a > b;
+  uint32_t bits = 0;
+  for (int i = 0; i < int(sizeof(V) / sizeof(a[0])); i++) bits |= uint32_t(above[i] & 1) << i;
+  return bits;
+}
+#endif
 
 template <class C>
 struct lane {
@@ -225,10 +234,24 @@ INLINE To bits_as(From x) {
 INLINE float widen(float x) { return x; }
 INLINE double widen(double x) { return x; }
 INLINE float widen(bfloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
-INLINE float widen(half x) {  // no subnormal float on the way: a thread may take those for 0
-  uint32_t u = uint32_t(x.bits & 0x7fff), tiny = bits_as<uint32_t>(float(int32_t(u)) * 0x1p-24f);
-  uint32_t wide = (u << 13) + (u >= 0x7c00 ? 0x70000000u : 0x38000000u);  // inf and NaN keep the mantissa
-  return bits_as<float>((u < 0x400 ? tiny : wide) | uint32_t(x.bits & 0x8000) << 16);
+INLINE float widen(half x) {  // no subnormal float on the way, which a thread may take for 0; and no branch, so that loops become vectors
+  uint32_t u = uint32_t(x.bits & 0x7fff), tiny = u < 0x400 ? ~0u : 0, special = u >= 0x7c00 ? ~0u : 0;
+  float f = bits_as<float>((u << 13) + 0x38000000u + (tiny & 0x800000u) + (special & 0x38000000u));  // tiny: 2**-14 too much
+  return bits_as<float>(bits_as<uint32_t>(f - bits_as<float>(tiny & 0x38800000u)) | uint32_t(x.bits & 0x8000) << 16);
+}
+// A register of elements in their own order, widened.
+typedef uint16_t u16 __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
+INLINE f32 load_wide(const float* p) { return load(p); }
+INLINE f64 load_wide(const double* p) { return load(p); }
+INLINE f32 load_wide(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const u16*)p, u32) << 16); }
+INLINE f32 load_wide(const half* p) {
+#if LEVEL_BYTES == 64
+  return (f32)_mm512_cvtph_ps((__m256i) * (const u16*)p);
+#else  // as widen()
+  u32 x = __builtin_convertvector(*(const u16*)p, u32), u = x & 0x7fff, tiny = (u32)(u < 0x400), special = (u32)(u >= 0x7c00);
+  f32 f = (f32)((u << 13) + 0x38000000u + (tiny & 0x800000u) + (special & 0x38000000u)) - (f32)(tiny & 0x38800000u);
+  return (f32)((u32)f | (x & 0x8000) << 16);
+#endif
 }
 INLINE void narrow(float x, float& y) { y = x; }
 INLINE void narrow(double x, double& y) { y = x; }
@@ -251,6 +274,13 @@ INLINE void widen_row(A* to, const T* from, int64_t stride, int64_t n) {
   else
     for (int64_t i = 0; i < n; i++) to[i] = widen(from[i * stride]);
 }
+INLINE void widen_row(float* to, const half* from, int64_t stride, int64_t n) {
+  constexpr int L = vector<float>::lanes;
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + L <= n; i += L) store(to + i, load_wide(from + i));
+  for (; i < n; i++) to[i] = widen(from[i * stride]);
+}
 template <class T, class A>
 INLINE void narrow_row(T* to, int64_t stride, const A* from, int64_t n, A factor) {
   if (stride == 1)
@@ -258,6 +288,14 @@ INLINE void narrow_row(T* to, int64_t stride, const A* from, int64_t n, A factor
   else
     for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i * stride]);
 }
+#if LEVEL_BYTES == 64
+INLINE void narrow_row(half* to, int64_t stride, const float* from, int64_t n, float factor) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + 16 <= n; i += 16) *(u16*)(to + i) = (u16)_mm512_cvtps_ph((__m512)(load(from + i) * factor), 0);
+  for (; i < n; i++) narrow(from[i] * factor, to[i * stride]);
+}
+#endif
 #if LEVEL_BF16_DOT
 INLINE void narrow_row(bfloat16* to, int64_t stride, const float* from, int64_t n, float factor) {
   int64_t i = 0;

@@ -51,36 +51,8 @@ static void find_rows(Filter<acc_t<T>>& x, int64_t image, int64_t first, int64_t
   }
 }
 
-INLINE uint32_t above_bits(f32 x, f32 y) {
-#if LEVEL_BYTES == 64
-  return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GT_OQ);
-#elif LEVEL_BYTES == 32
-  return uint32_t(_mm256_movemask_ps((__m256)(x > y)));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < vector<float>::lanes; i++) bits |= uint32_t(x[i] > y[i]) << i;
-  return bits;
-#endif
-}
-INLINE uint32_t above_bits(f64 x, f64 y) {
-  uint32_t bits = 0;
-  for (int i = 0; i < vector<double>::lanes; i++) bits |= uint32_t(x[i] > y[i]) << i;
-  return bits;
-}
-
-// A register's worth of elements, widened.
-typedef uint16_t u16 __attribute__((vector_size(LEVEL_BYTES / 2), aligned(2), may_alias));
-INLINE f32 lanes_at(const float* p) { return load(p); }
-INLINE f64 lanes_at(const double* p) { return load(p); }
-INLINE f32 lanes_at(const bfloat16* p) { return (f32)(__builtin_convertvector(*(const u16*)p, u32) << 16); }
-INLINE f32 lanes_at(const half* p) {  // as widen() of vec.h
-  u32 x = __builtin_convertvector(*(const u16*)p, u32);
-  f32 f = (f32)((x & 0x7fff) << 13) * 0x1p112f;
-  u32 special = (u32)(f >= 65536.0f) & 0x7f800000;
-  return (f32)((u32)f | special | (x & 0x8000) << 16);
-}
 template <class T>
-INLINE vec<acc_t<T>> some_lanes_at(const T* p, int64_t n) {  // n of them, and -inf
+INLINE vec<acc_t<T>> load_some(const T* p, int64_t n) {  // n of them, and -inf
   acc_t<T> x[vector<acc_t<T>>::lanes];
   for (int i = 0; i < vector<acc_t<T>>::lanes; i++) x[i] = i < n ? widen(p[i]) : -__builtin_inf();
   return load(x);
@@ -99,20 +71,20 @@ static void find_best(Filter<acc_t<T>>& x, const T* scores, int64_t first, int64
   for (; c + 4 <= C; c += 4) {
     const T *p = scores + c * step, *q = p + step, *r = q + step, *s = r + step;
     for (int64_t i = 0; i < whole; i += L)
-      store(best + i, max(lanes_at(s + i), max(lanes_at(r + i), max(lanes_at(q + i), max(lanes_at(p + i), load(best + i))))));
+      store(best + i, max(load_wide(s + i), max(load_wide(r + i), max(load_wide(q + i), max(load_wide(p + i), load(best + i))))));
   }
   for (; c < C; c++)
-    for (int64_t i = 0; i < whole; i += L) store(best + i, max(lanes_at(scores + c * step + i), load(best + i)));
-  for (c = 0; c < C && whole < n; c++) store(best + whole, max(some_lanes_at(scores + c * step + whole, n - whole), load(best + whole)));
+    for (int64_t i = 0; i < whole; i += L) store(best + i, max(load_wide(scores + c * step + i), load(best + i)));
+  for (c = 0; c < C && whole < n; c++) store(best + whole, max(load_some(scores + c * step + whole, n - whole), load(best + whole)));
 
   for (int64_t i = 0; i < n; i += L) {
     vec<A> top = load(best + i);
-    uint32_t passes = above_bits(top, least), left = passes;
+    uint32_t passes = bits_above(top, least), left = passes;
     int64_t of[L];
     for (c = 0; left; c++) {
       const T* p = scores + c * step + i;
-      vec<A> v = i < whole ? lanes_at(p) : some_lanes_at(p, n - i);
-      for (uint32_t here = left & ~above_bits(top, v); here; here &= here - 1) {
+      vec<A> v = i < whole ? load_wide(p) : load_some(p, n - i);
+      for (uint32_t here = left & ~bits_above(top, v); here; here &= here - 1) {
         int lane = __builtin_ctz(here);
         if (v[lane] == top[lane]) of[lane] = c, left &= ~(1u << lane);  // not a NaN
       }
@@ -134,8 +106,8 @@ static void find_all(Filter<acc_t<T>>& x, const T* scores, int64_t first, int64_
   for (int64_t c = 0; c < C; c++) {
     const T* p = scores + c * step;
     uint16_t* bits = x.bits + c;
-    for (int64_t i = 0; i < whole; i += L, bits += C) *bits = uint16_t(above_bits(lanes_at(p + i), least));
-    if (whole < n) *bits = uint16_t(above_bits(some_lanes_at(p + whole, n - whole), least));
+    for (int64_t i = 0; i < whole; i += L, bits += C) *bits = uint16_t(bits_above(load_wide(p + i), least));
+    if (whole < n) *bits = uint16_t(bits_above(load_some(p + whole, n - whole), least));
   }
   for (int64_t i = 0; i < n; i += L) {
     const uint16_t* bits = x.bits + i / L * C;

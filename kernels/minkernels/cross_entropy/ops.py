@@ -233,7 +233,7 @@ def grad_early(input):
 def kept_by_graph(input):
     """input, for a Function whose eager form needs it no more after its forward: it may be written to then. The backward of a compiled
     graph reads it again, and nobody would notice. Inductor takes the clone away where nothing writes."""
-    return input.clone() if torch.compiler.is_compiling() else input
+    return input.clone() if torch.compiler.is_compiling() and not torch.compiler.is_exporting() else input
 
 
 def _fwd_fake(input, target, weight, *options):

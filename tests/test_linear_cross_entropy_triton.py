@@ -29,3 +29,19 @@ def test_triton(shape, reduction, name, dtype, device):
 
     fwd, grad = (lambda *args, f=f: to("cpu", f(*to(device, args))) for f in (_triton.fwd, _triton.grad))
     check(SimpleNamespace(fwd=fwd, grad=grad), shape, dtype, OPTIONS[name], reduction, str(dtype))
+
+
+def test_where_halves_are_summed_in_halves(device):
+    """torch.backends.cuda.matmul.allow_fp16_accumulation: then no product of float16 matrices has a float32 result."""
+    grads, inputs = torch.randn(2, 8, 5, dtype=torch.float16, device=device), torch.randn(2, 8, 3, dtype=torch.float16, device=device)
+    total = _triton.Sum(torch.empty(5, 3, dtype=torch.float16, device=device), chunks=2)
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
+    try:
+        for grad, input in zip(grads, inputs, strict=True):
+            total.add(grad, input)
+    finally:
+        matmul.allow_fp16_accumulation = before
+    total.finish()
+    expected = torch.einsum("cnv,cnh->vh", grads.float(), inputs.float()).half()
+    torch.testing.assert_close(total.out, expected, rtol=5e-3, atol=5e-3)

@@ -22,7 +22,10 @@ class Sum:
 
     def add(self, grad, input):
         mixed = {} if self.wide.dtype == grad.dtype else {"out_dtype": torch.float32}
-        if self.first:
+        if mixed and grad.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation:  # then PyTorch refuses it
+            product = torch.mm(grad.T, input)
+            self.wide.copy_(product) if self.first else self.wide.add_(product)
+        elif self.first:
             torch.mm(grad.T, input, out=self.wide, **mixed)
         else:
             torch.addmm(self.wide, grad.T, input, out=self.wide, **mixed)

@@ -206,6 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="judge a trained model", description=about, epilog=examples)
     evaluate.add_argument("model", choices=MODELS)
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="folder of a training, or its checkpoint file")
+    data = {o.name: o.metadata["metavar"] for model in MODELS.values() for o in fields(model.options) if o.metadata.get("data")}
+    for name in sorted(data.keys() - {"checkpoint"}):
+        evaluate.add_argument(f"--{name}", default=argparse.SUPPRESS, metavar=data[name], help="as of train, if it lies elsewhere now")
     _add_where(evaluate)
     evaluate.set_defaults(run=_eval)
 

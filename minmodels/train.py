@@ -127,9 +127,11 @@ def _start(run: "Run", path: Path, since: int) -> files.Metrics:
 
 
 def evaluate(name: str, checkpoint: str, **given) -> dict[str, float]:
-    """The scores of a trained model on its held-out data. given: options that may change, such as the device. Raises UserError."""
+    """The scores of a trained model on its held-out data. given: the options that may change, device and data. Raises UserError."""
     tensors, meta = files.load_checkpoint(Path(checkpoint), prefix="model.")
     check_model(name, meta, checkpoint)
+    if unknown := given.keys() - MODELS[name].options.__dataclass_fields__.keys():
+        raise UserError(f"{name} has no option --{min(unknown)}")
     run = Run(name, MODELS[name].options(**{**_saved(name, meta, checkpoint), **given}), meta)
     run.check_data(meta)
     run.load_model(tensors)

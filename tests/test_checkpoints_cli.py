@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -112,6 +113,18 @@ def test_a_full_disk_leaves_the_old_checkpoint(book, tmp_path, monkeypatch, caps
     assert f"error: cannot write {out / files.CHECKPOINT}: No space left on device\n" == capsys.readouterr().err
     assert files.load_checkpoint(out)[1]["step"] == 3
     assert sorted(p.name for p in out.iterdir()) == [files.CHECKPOINT, files.METRICS, files.CONFIG]
+
+
+def test_data_that_was_moved(book, tmp_path, capsys):
+    out, there, here = (tmp_path / name for name in ("run", "there.txt", "here.txt"))
+    shutil.copy(book, there)
+    assert tiny(there, out, "--steps", 2) == 0
+    there.rename(here)
+    capsys.readouterr()
+    assert run("eval", "gpt", "--checkpoint", out) == 2 and f"cannot read {there}" in capsys.readouterr().err
+    assert run("eval", "gpt", "--checkpoint", out, "--text", here) == 0 and capsys.readouterr().out.startswith("held-out loss ")
+    assert run("eval", "gpt", "--checkpoint", out, "--masks", here) == 2
+    assert capsys.readouterr().err == "error: gpt has no option --masks\n"
 
 
 def test_a_run_that_fails_at_once_overwrites_nothing(book, tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def plan(out: Path, dry_run: bool) -> list[Step]:
     tests = ["--collect-only", "tests/test_bench.py"] if dry_run else [*TESTED, *parallel]
     steps = [
         Step("build", [*python, "-m", "minkernels", *([] if dry_run else ["build"])], 100, 150),
-        Step("tests", [*pytest, *tests, *TESTS], 60 if dry_run else 240, 420, ONE_THREAD),  # some thousand kernels to compile
+        Step("tests", [*pytest, *tests, *TESTS], 60 if dry_run else 240, 420, ONE_THREAD),  # over a thousand, most of which compile
         Step("timer", [*pytest, "tests/test_bench.py", "-k", "times_are_of_the_device", *TESTS], 15, 30),
         bench("attention-fwd", ["bench/bench_attention.py::bench_fwd"], 40, 120),
         bench("cross-entropy", ["bench/bench_cross_entropy.py"], 30, 90),

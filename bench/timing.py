@@ -17,7 +17,7 @@ import minkernels
 
 LIMITS = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # of the largest value; tests/ are far stricter
 MAX_ROUNDS = 200
-CLEAR_BYTES = 2 << 30  # many times any L2, and half a millisecond to write on an H200: longer than most calls take to launch
+CLEAR_BYTES = 2 << 30  # many times any L2, and at 4.8 TB/s 0.45 ms to write: longer than most calls take to launch
 PROC = Path("/proc/self")
 RETAINED = {  # environment under which glibc keeps freed memory: no page faults, as in a long training run whose allocator caches
     "MALLOC_MMAP_MAX_": "0",

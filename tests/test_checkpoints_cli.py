@@ -146,6 +146,11 @@ def test_two_runs_in_one_folder(book, tmp_path, capsys):
     assert tiny(book, out, "--steps", 2) == 0
 
 
+def test_what_blocks_inside_is_no_other_run(tmp_path):
+    with pytest.raises(BlockingIOError), files.claimed(tmp_path):
+        raise BlockingIOError
+
+
 def test_a_loss_that_is_not_finite_keeps_the_checkpoint(book, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     loss = train.Run._loss

@@ -1,5 +1,5 @@
 """merge_attention: the reference, the C++ kernel at each level and, interpreted, the Triton kernel against the textbook formula in float64;
-the public op's promises. That it joins attention over parts of the keys, test_attention.py shows."""
+the public op's promises. That it joins attention over parts of the keys, test_attention_semantics.py shows."""
 
 import math
 import os

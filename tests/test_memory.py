@@ -139,6 +139,26 @@ print((resident() - before) / MB)
     assert kept - 5 < float(run.stdout) < kept + 25
 
 
+def test_what_is_kept_above_512_mb_is_lent_to_the_system():
+    code = """
+from test_memory import MB, grad, make, resident
+x, target = make("bce_with_logits", (32, 16, 256, 256))
+before = resident()
+five = [grad("bce_with_logits", x, target) for _ in range(5)]
+at = {gradient.data_ptr() for gradient in five}
+del five
+with open("/proc/self/smaps_rollup") as file:
+    lent = next(int(line.split()[1]) for line in file if line.startswith("LazyFree"))
+print((resident() - before) / MB, lent / 1024, grad("bce_with_logits", x, target).data_ptr() in at)
+"""
+    env = {**os.environ, "MINKERNELS_KEEP_MB": ""}
+    run = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True, check=True)
+    kept, lent, again = run.stdout.split()
+    most = max(512, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 8 / MB)
+    expected = min(most // 128 * 128, 640)
+    assert expected - 5 < float(kept) < expected + 25 and float(lent) == max(expected - 512, 0) and again == "True"
+
+
 def test_threads():
     inputs = [make("bce_with_logits", (32, n, 256, 256)) for n in (2, 2, 3, 3)]
     expected = [grad("bce_with_logits", *pair) for pair in inputs]

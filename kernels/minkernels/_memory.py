@@ -15,8 +15,8 @@ def empty_cache() -> None:
     """Gives back to the system what the CPU kernels keep of large gradients of losses that are gone, to lay the next ones there; and
     the workspace of the calling thread's last attention or NMS, up to 128 MB. What the threads beside it keep, as much at most, stays.
 
-    Of gradients that is up to 512 MB, or as many as the environment variable MINKERNELS_KEEP_MB says when it is first used; 0 keeps
-    none.
+    Of gradients that is up to 512 MB or an eighth of the machine's memory, whichever is more, or as many as the environment variable
+    MINKERNELS_KEEP_MB says when it is first used; 0 keeps none. All but the newest 512 MB the system may take when it is short (MADV_FREE).
     Kept memory has its pages, which the system would zero again: loss and gradient of 1024 x 32000 logits take half the time.
     The storage of such a gradient cannot be resized. On a GPU there is torch.cuda.empty_cache().
     """

@@ -1,8 +1,9 @@
-// merge_attention on CPU tensors. Outputs are (B, H, M, D), log-sum-exps (B, H, M), contiguous and in the arithmetic's dtype; all results
-// are allocated above. The arithmetic is in merge_kernel.h.
+// merge_attention's operators on CPU tensors. Outputs are (B, H, M, D), log-sum-exps (B, H, M) in the arithmetic's dtype; results are as
+// merge_like() of attention/_options.py makes them. The arithmetic is in merge_kernel.h.
 #include "merge.h"
 
 #include <optional>
+#include <tuple>
 
 #include "runtime.h"
 
@@ -19,10 +20,13 @@ static Rows rows_of(const Tensor& t) {
   for (int i = 0; i < 4; i++) rows.stride[i] = t.stride(i);
   return rows;
 }
-static Rows result(const Tensor& t) {
-  advise_huge_pages(t.data_ptr(), t.numel() * t.element_size());
-  return rows_of(t);
+static Tensor out_like(const Tensor& t) {
+  const Tensor out = fresh_like(t, t.scalar_type());
+  advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+  return out;
 }
+static Tensor lse_like(const Tensor& t) { return fresh(t.sizes(), t.scalar_type()); }
+static Tensor contiguous_of(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 template <class A>
 static Merge<A> merge_of(const Tensor& out1, const Tensor& lse1, const Tensor& out2, const Tensor& lse2) {
@@ -39,38 +43,39 @@ static void run_merge(const Merge<A>& x, F kernel) {
   run_tasks((x.rows() + MERGE_ROWS - 1) / MERGE_ROWS, 0, [&](int64_t task, char*) { kernel(x, task); }, threads);
 }
 
-static void merge_fwd(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2, Tensor out, Tensor lse) {
+static std::tuple<Tensor, Tensor> merge_fwd(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2) {
+  lse1 = contiguous_of(lse1), lse2 = contiguous_of(lse2);
+  const Tensor out = out_like(out1), lse = lse_like(lse1);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     Merge<A> x = merge_of<A>(out1, lse1, out2, lse2);
-    x.merged = result(out), x.merged_lse = (A*)lse.data_ptr();
+    x.merged = rows_of(out), x.merged_lse = (A*)lse.data_ptr();
     run_merge(x, kernels_at<A>[level()].forward);
   };
   dtype_of(lse) == Dtype::f64 ? run(0.0) : run(0.0f);
+  return {out, lse};
 }
 
-static void merge_bwd(Tensor dout, std::optional<Tensor> dlse, Tensor out1, Tensor lse1, Tensor out2, Tensor lse2, Tensor dout1,
-                      Tensor dlse1, Tensor dout2, Tensor dlse2) {
+static std::tuple<Tensor, Tensor, Tensor, Tensor> merge_bwd(Tensor dout, std::optional<Tensor> dlse, Tensor out1, Tensor lse1, Tensor out2,
+                                                            Tensor lse2) {
+  lse1 = contiguous_of(lse1), lse2 = contiguous_of(lse2);
+  if (dlse) dlse = contiguous_of(*dlse);
+  const Tensor dout1 = out_like(out1), dlse1 = lse_like(lse1), dout2 = out_like(out2), dlse2 = lse_like(lse2);
   const auto run = [&](auto zero) {
     using A = decltype(zero);
     Merge<A> x = merge_of<A>(out1, lse1, out2, lse2);
     x.dmerged = rows_of(dout), x.dmerged_lse = dlse ? (const A*)dlse->data_ptr() : nullptr;
-    x.dout[0] = result(dout1), x.dout[1] = result(dout2);
+    x.dout[0] = rows_of(dout1), x.dout[1] = rows_of(dout2);
     x.dlse[0] = (A*)dlse1.data_ptr(), x.dlse[1] = (A*)dlse2.data_ptr();
     run_merge(x, kernels_at<A>[level()].backward);
   };
   dtype_of(lse1) == Dtype::f64 ? run(0.0) : run(0.0f);
+  return {dout1, dlse1, dout2, dlse2};
 }
 
 }  // namespace minkernels
 
-STABLE_TORCH_LIBRARY_FRAGMENT(minkernels, m) {
-  m.def("_merge_fwd(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2, Tensor(a!) out, Tensor(b!) lse) -> ()");
-  m.def(
-      "_merge_bwd(Tensor dout, Tensor? dlse, Tensor out1, Tensor lse1, Tensor out2, Tensor lse2, Tensor(a!) dout1, Tensor(b!) dlse1, "
-      "Tensor(c!) dout2, Tensor(d!) dlse2) -> ()");
-}
 STABLE_TORCH_LIBRARY_IMPL(minkernels, CPU, m) {
-  m.impl("_merge_fwd", TORCH_BOX(&minkernels::merge_fwd));
-  m.impl("_merge_bwd", TORCH_BOX(&minkernels::merge_bwd));
+  m.impl("merge_attention_fwd", TORCH_BOX(&minkernels::merge_fwd));
+  m.impl("merge_attention_bwd", TORCH_BOX(&minkernels::merge_bwd));
 }

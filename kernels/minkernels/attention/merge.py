@@ -51,7 +51,7 @@ _fwd = define(
     "(Tensor out1, Tensor lse1, Tensor out2, Tensor lse2) -> (Tensor out, Tensor lse)",
     fake=lambda out1, lse1, *_: merge_like(out1, lse1),
     reference=reference.merge_fwd,
-    cpu="minkernels.attention._cpu:merge_fwd",
+    cpu=None,
     cuda="minkernels.attention._triton_merge:fwd",
 )
 _bwd = once_differentiable(
@@ -61,7 +61,7 @@ _bwd = once_differentiable(
         " -> (Tensor dout1, Tensor dlse1, Tensor dout2, Tensor dlse2)",
         fake=lambda dout, dlse, *tensors: merge_like(*tensors),
         reference=reference.merge_bwd,
-        cpu="minkernels.attention._cpu:merge_bwd",
+        cpu=None,
         cuda="minkernels.attention._triton_merge:bwd",
     )
 )

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
+from minkernels.boxes._outputs import grads, loss_output, match_outputs, pair_output
 
 _pairs_fwd = torch.ops.minkernels._box_pairs_fwd.default
 _pairs_bwd = torch.ops.minkernels._box_pairs_bwd.default
@@ -22,7 +22,7 @@ def pairs_fwd(boxes1, boxes2, kind, fmt, eps):
 
 
 def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
-    d1, d2 = pair_grads(boxes1, boxes2, need1, need2)
+    d1, d2 = grads(boxes1, boxes2, need1, need2)
     _pairs_bwd(_sets(dout), _sets(boxes1), _sets(boxes2), _KINDS[kind], _FORMATS[fmt], eps, d1 if need1 else None, d2 if need2 else None)
     return d1, d2
 
@@ -42,7 +42,7 @@ def loss_fwd(input, target, kind, fmt, eps, reduction):
 
 
 def loss_bwd(dloss, input, target, kind, fmt, eps, need_input, need_target):
-    d1, d2 = loss_grads(input, need_input, need_target)
+    d1, d2 = grads(input, target, need_input, need_target)
     _loss_bwd(
         dloss.reshape(-1), _rows(input), _rows(target), _KINDS[kind], _FORMATS[fmt], eps, d1 if need_input else None,
         d2 if need_target else None,

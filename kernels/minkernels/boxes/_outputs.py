@@ -7,7 +7,7 @@ def pair_output(boxes1, boxes2):
     return boxes1.new_empty((*boxes1.shape[:-1], boxes2.shape[-2]))
 
 
-def pair_grads(boxes1, boxes2, need1, need2):
+def grads(boxes1, boxes2, need1, need2):
     """Empty where nobody asked for it."""
     return boxes1.new_empty(boxes1.shape if need1 else 0), boxes2.new_empty(boxes2.shape if need2 else 0)
 
@@ -19,7 +19,3 @@ def match_outputs(boxes, gts):
 
 def loss_output(input, reduction):
     return input.new_empty(input.shape[:-1] if reduction == "none" else (), dtype=torch.promote_types(input.dtype, torch.float32))
-
-
-def loss_grads(input, need_input, need_target):
-    return input.new_empty(input.shape if need_input else 0), input.new_empty(input.shape if need_target else 0)

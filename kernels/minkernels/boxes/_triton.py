@@ -8,7 +8,7 @@ import triton.language as tl
 
 from minkernels._triton_launch import cdiv, kernel, next_power_of_2
 from minkernels._triton_math import EXACT, FUSED
-from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
+from minkernels.boxes._outputs import grads, loss_output, match_outputs, pair_output
 from minkernels.boxes._triton_math import corners, derivative, to_format, value
 
 LOSS_BLOCK = 256
@@ -150,7 +150,7 @@ def pairs_fwd(boxes1, boxes2, kind, fmt, eps):
 
 def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
     dout, a, b = _sets(dout), _sets(boxes1), _sets(boxes2)
-    d1, d2 = pair_grads(boxes1, boxes2, need1, need2)
+    d1, d2 = grads(boxes1, boxes2, need1, need2)
     for d, own, other, upstream, need in ((d1, a, b, dout, need1), (d2, b, a, dout.mT, need2)):
         if need:
             (sets, N, _), M = own.shape, other.shape[1]
@@ -207,7 +207,7 @@ def loss_fwd(input, target, kind, fmt, eps, reduction):
 
 
 def loss_bwd(dloss, input, target, kind, fmt, eps, need_input, need_target):
-    d1, d2 = loss_grads(input, need_input, need_target)
+    d1, d2 = grads(input, target, need_input, need_target)
     dloss, a, b = dloss.reshape(-1), _rows(input), _rows(target)
     P = a.shape[0]
     if P:

@@ -9,7 +9,7 @@ from torch import Tensor
 from minkernels._checks import FLOATS, INTEGER_NAMES, INTEGERS, check_floats, check_number, check_reduction, check_tensor
 from minkernels._library import apply, define, needs_grad, once_differentiable, traceable
 from minkernels.boxes import reference
-from minkernels.boxes._outputs import loss_grads, loss_output, match_outputs, pair_grads, pair_output
+from minkernels.boxes._outputs import grads, loss_output, match_outputs, pair_output
 
 KINDS = "iou", "giou", "diou", "ciou"
 FORMATS = "xyxy", "xywh", "cxcywh"
@@ -195,7 +195,7 @@ _box_pairs_bwd = once_differentiable(
     define(
         "box_pairs_bwd",
         "(Tensor dout, Tensor boxes1, Tensor boxes2, str kind, str fmt, float eps, bool need1, bool need2) -> (Tensor, Tensor)",
-        fake=lambda dout, boxes1, boxes2, kind, fmt, eps, *need: pair_grads(boxes1, boxes2, *need),
+        fake=lambda dout, boxes1, boxes2, kind, fmt, eps, *need: grads(boxes1, boxes2, *need),
         reference=reference.pairs_bwd,
         cpu="minkernels.boxes._cpu:pairs_bwd",
         cuda="minkernels.boxes._triton:pairs_bwd",
@@ -222,7 +222,7 @@ _iou_loss_bwd = once_differentiable(
         "iou_loss_bwd",
         "(Tensor dloss, Tensor input, Tensor target, str kind, str fmt, float eps, bool need_input, bool need_target) "
         "-> (Tensor, Tensor)",
-        fake=lambda dloss, input, target, kind, fmt, eps, *need: loss_grads(input, *need),
+        fake=lambda dloss, input, target, kind, fmt, eps, *need: grads(input, target, *need),
         reference=reference.loss_bwd,
         cpu="minkernels.boxes._cpu:loss_bwd",
         cuda="minkernels.boxes._triton:loss_bwd",

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from minkernels.boxes._outputs import loss_grads, pair_grads
+from minkernels.boxes._outputs import grads
 
 
 def pairs_fwd(boxes1, boxes2, kind, fmt, eps):
@@ -13,7 +13,7 @@ def pairs_fwd(boxes1, boxes2, kind, fmt, eps):
 
 def pairs_bwd(dout, boxes1, boxes2, kind, fmt, eps, need1, need2):
     da, db = _derivative(*_both_sets(boxes1, boxes2, fmt), kind, eps, aligned=False)
-    d1, d2 = pair_grads(boxes1, boxes2, need1, need2)
+    d1, d2 = grads(boxes1, boxes2, need1, need2)
     if need1:
         d1.copy_(_to_format([_times(d, dout).sum(-1) for d in da], fmt))
     if need2:
@@ -36,7 +36,7 @@ def loss_fwd(input, target, kind, fmt, eps, reduction):
 
 def loss_bwd(dloss, input, target, kind, fmt, eps, need_input, need_target):
     da, db = _derivative(_corners(input, fmt), _corners(target, fmt), kind, eps, aligned=True)
-    d1, d2 = loss_grads(input, need_input, need_target)
+    d1, d2 = grads(input, target, need_input, need_target)
     if need_input:
         d1.copy_(_to_format([_times(d, -dloss) for d in da], fmt))
     if need_target:

@@ -34,7 +34,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     a box, on a GPU up to 1 MB more.
     Source: the greedy rule as torchvision's CPU kernel has it.
     """
-    _check(boxes, scores, None, iou_threshold, 2)
+    check_boxes(boxes, scores, None, 2)
+    check_unit("iou_threshold", iou_threshold)
     return _nms(*_detached(boxes, scores), None, float(iou_threshold))
 
 
@@ -47,7 +48,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Returns: (K,) int64, the kept boxes of all classes by descending score, as nms does.
     Raises: as nms.
     """
-    _check(boxes, scores, ("idxs", idxs), iou_threshold, 2)
+    check_boxes(boxes, scores, ("idxs", idxs), 2)
+    check_unit("iou_threshold", iou_threshold)
     return _nms(*_detached(boxes, scores), idxs.long(), float(iou_threshold))
 
 
@@ -80,7 +82,8 @@ def nms_padded(
     Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices.
     Memory: about 100 bytes a box, on a CPU of as many images as there are threads, on a GPU up to 1 MB an image more. Source: as nms.
     """
-    _check(boxes, scores, None if class_ids is None else ("class_ids", class_ids), iou_threshold, 3)
+    check_boxes(boxes, scores, None if class_ids is None else ("class_ids", class_ids), 3)
+    check_unit("iou_threshold", iou_threshold)
     if score_threshold is not None:
         check_number("score_threshold", score_threshold)
         score_threshold = float(score_threshold)
@@ -97,7 +100,8 @@ def _detached(*tensors):
     return (t.detach() if t.requires_grad else t for t in tensors)
 
 
-def _check(boxes, scores, classes, iou_threshold, dims):
+def check_boxes(boxes, scores, classes, dims):
+    """classes: None, or the name of that argument and the argument."""
     check_floats("boxes", boxes)
     check_floats("scores", scores)
     *shape, four = boxes.shape or (0,)
@@ -113,7 +117,6 @@ def _check(boxes, scores, classes, iou_threshold, dims):
         raise TypeError(f"{classes[0]} must be {INTEGER_NAMES}, got {classes[1].dtype}")
     if isinstance(shape[-1], int) and shape[-1] > MOST_BOXES:  # an exported graph's may be any
         raise ValueError(f"boxes must be fewer than 2**31 an image, got {shape[-1]}")
-    check_unit("iou_threshold", iou_threshold)
 
 
 def _nms_fake(boxes, scores, idxs, iou_threshold):

@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from minkernels._checks import INTEGER_NAMES, INTEGERS, as_int, check_floats, check_number, check_tensor, check_unit
+from minkernels._checks import as_int, check_number, check_unit
 from minkernels._library import define
+from minkernels.nms.ops import check_boxes
 from minkernels.soft_nms import reference
 from minkernels.soft_nms._options import RescoredNMS, outputs
 
@@ -29,8 +30,8 @@ def soft_nms(
 
     Shapes: B images, N boxes each, K = max_output.
     Args:
-        boxes: (B, N, 4) as x1, y1, x2, y2, in any unit: float16, bfloat16, float32, or float64 (CPU only); any strides. A box with a NaN
-            is dropped; one whose x2 < x1 or y2 < y1 overlaps nothing.
+        boxes: (B, N, 4) as x1, y1, x2, y2, in any unit: float16, bfloat16, float32, or float64 (CPU only); any strides; N < 2**31. A
+            box with a NaN is dropped; one whose x2 < x1 or y2 < y1 overlaps nothing.
         scores: (B, N), of any of these dtypes. A NaN is dropped.
         class_ids: (B, N) int64, int32, int16, int8 or uint8, any values: only boxes of a class change each other. Default: one class.
         method: "linear" or "gaussian". iou_threshold: of linear alone, 0 to 1. sigma: of gaussian alone, 1e-30 to 1e30.
@@ -79,16 +80,7 @@ def matrix_nms(
 
 
 def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
-    check_floats("boxes", boxes)
-    if boxes.dim() != 3 or boxes.shape[2] != 4:
-        raise ValueError(f"boxes must be (B, N, 4), got {tuple(boxes.shape)}")
-    check_floats("scores", scores)
-    _check_fit(boxes, "scores", scores)
-    if class_ids is not None:
-        check_tensor("class_ids", class_ids)
-        if class_ids.dtype not in INTEGERS:
-            raise TypeError(f"class_ids must be {INTEGER_NAMES}, got {class_ids.dtype}")
-        _check_fit(boxes, "class_ids", class_ids)
+    check_boxes(boxes, scores, None if class_ids is None else ("class_ids", class_ids), 3)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     check_number("sigma", sigma)
@@ -96,13 +88,6 @@ def _check(boxes, scores, class_ids, method, sigma, min_score, max_output):
         raise ValueError(f"sigma must be 1e-30 to 1e30, got {sigma}")
     check_unit("min_score", min_score)
     return boxes.detach(), scores.detach(), class_ids, as_int("max_output", max_output, 1)
-
-
-def _check_fit(boxes, name, t):
-    if t.shape != boxes.shape[:2]:
-        raise ValueError(f"{name} must be {tuple(boxes.shape[:2])} to fit boxes {tuple(boxes.shape)}, got {tuple(t.shape)}")
-    if t.device != boxes.device:
-        raise TypeError(f"{name} is on {t.device}, but boxes is on {boxes.device}")
 
 
 _soft_nms = define(

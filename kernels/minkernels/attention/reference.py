@@ -7,7 +7,8 @@ from minkernels.attention._options import Options, check_lengths, grads_like, li
 
 def fwd(q, k, v, *options):
     x = Options(*options)
-    _check_values(q, k, x)
+    if q.device.type == "cpu":  # elsewhere it would wait for the device
+        check_lengths(q, k, x)
     s, _, p_drop = _scores(q, _heads(k, q, x), x)
     p, lse = _probs(s, x)
     v = _heads(v, q, x)
@@ -33,11 +34,6 @@ def bwd(do, dlse, q, k, v, o, lse, *options):
     for t, g in zip(grads, (ds @ k_, dk, dv), strict=False):
         t.copy_(g)
     return grads
-
-
-def _check_values(q, k, x):
-    if q.device.type == "cpu":  # elsewhere it would wait for the device
-        check_lengths(q, k, x)
 
 
 def _places(q, k, x):

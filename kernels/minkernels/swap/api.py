@@ -75,9 +75,9 @@ def swapped(model: nn.Module | None = None, **options) -> Iterator[SwapReport | 
     if model is None:
         if options:
             raise TypeError(f"swapped() without a model takes no options, got {', '.join(options)}")
-        from minkernels.swap.mode import functions  # importlib would stop torch.compile
+        from minkernels.swap.mode import Functions  # importlib would stop torch.compile
 
-        with functions():
+        with Functions():
             yield None
         return
     before = [s.changes for s in _recorded(model)] if isinstance(model, nn.Module) else []

@@ -43,8 +43,3 @@ class Functions(TorchFunctionMode):
         elif func is UNFLATTEN and type(args[0]) in functional.PLAIN:  # torch.compile cannot follow that method's super() here
             func = torch.unflatten
         return func(*args, **kwargs) if kwargs else func(*args)
-
-
-def functions() -> Functions:
-    """Every function that we have. See minkernels.swapped."""
-    return Functions()

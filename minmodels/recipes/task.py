@@ -88,9 +88,6 @@ class TaskRecipe(Recipe):
     def extras(self):
         return {"tokenizer": self.tokenizer.to_str(), "text": self.text, "task": self._about()}
 
-    def finish(self, model, folder):
-        return ""  # of two such runs minmodels.finetune tells what can be done with one
-
     @classmethod
     def build(cls, meta):
         return cls.network(meta["config"], meta["task"])

@@ -108,7 +108,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def mark(content: str, kind: str) -> str:
-    """kind: good, bad or mark."""
+    """content is text. kind: good, bad or mark."""
     return f'<span class="{kind}">{escape(content)}</span>'
 
 

@@ -43,7 +43,7 @@ def check(kernels, target, folder, dtype, names):
 def compile_attention(target, dims, dtype, options, monkeypatch, heads=2, queries=64, keys=64, batch=1):
     """What forward and backward launch."""
     monkeypatch.setattr(attention, "_arch", lambda device: target)
-    monkeypatch.setattr(attention, "_processors", lambda device: 132)
+    monkeypatch.setattr(attention, "processors", lambda device: 132)
     (D, Dv), kv_heads = dims, 2
     q, k, v = (torch.empty(batch, h, n, d, dtype=dtype) for h, n, d in ((heads, queries, D), (kv_heads, keys, D), (kv_heads, keys, Dv)))
     x = Options(**options, scale=0.125)
@@ -135,7 +135,7 @@ def softmax(monkeypatch):
     """Its launchers, compiling for a target: call(target, processors, function) gives the kernels."""
 
     def compile_softmax(target, processors, function):
-        monkeypatch.setattr(cross_entropy, "_processors", lambda device: processors)
+        monkeypatch.setattr(cross_entropy, "processors", lambda device: processors)
         with aot.compiling_for(aot.ALL_TARGETS[target][0]) as kernels:
             function()
         return kernels

@@ -157,7 +157,7 @@ def test_decoding_in_parts(name, queries, dtype, monkeypatch):
 def test_decoding_in_more_parts_than_are_merged_at_a_time(monkeypatch):
     """Some of which see no key."""
     monkeypatch.setattr(_triton, "SPLIT_KEYS", 8)
-    monkeypatch.setattr(_triton, "_processors", lambda device: 100)
+    monkeypatch.setattr(_triton, "processors", lambda device: 100)
     q, k, v = make(2, 2, 2, 1, 1500, 16, 24)
     check(q, k, v, Options(kv_lens=torch.tensor([1500, 70], dtype=torch.int32), scale=0.2))
 

@@ -53,7 +53,7 @@ def small():
         patch.setattr(_triton, "WHOLE", 2048)
         patch.setattr(_triton, "TILE", 256)
         patch.setattr(_triton, "SCALE_PROGRAMS", 3)
-        yield lambda n: patch.setattr(_triton, "_processors", lambda device: n)
+        yield lambda n: patch.setattr(_triton, "processors", lambda device: n)
 
 
 def check(x, target, options, reduction, layout="rows", **more):
@@ -96,7 +96,7 @@ def test_triton(path, options, dtype, small, merges):
 
 @pytest.mark.parametrize("V, processors", [(32768, 1), (32769, 1), (50257, 1), (32769, 132)])  # one tile; two reads; an odd one; split
 def test_real_tiles(V, processors, monkeypatch):
-    monkeypatch.setattr(_triton, "_processors", lambda device: processors)
+    monkeypatch.setattr(_triton, "processors", lambda device: processors)
     check(*make(2, V, dtype=torch.float16), {}, "mean")
 
 

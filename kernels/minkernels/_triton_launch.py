@@ -67,3 +67,8 @@ def cdiv(n, d):  # triton's own take microseconds on the host
 
 def next_power_of_2(n):
     return 1 << max(0, n - 1).bit_length()
+
+
+@functools.cache
+def processors(device):
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

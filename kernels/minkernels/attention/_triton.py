@@ -10,7 +10,7 @@ import math
 import torch
 import triton
 
-from minkernels._triton_launch import cdiv, next_power_of_2
+from minkernels._triton_launch import cdiv, next_power_of_2, processors
 from minkernels._triton_math import ASSERT, FUSED
 from minkernels.attention._options import Options, grads_like, like, lse_like, row_deltas, sinks_grad
 from minkernels.attention._triton_bwd import _dbias_kernel, _dkdv_kernel, _dq_kernel
@@ -75,7 +75,7 @@ def fwd(q, k, v, *options):
     if few:
         config["BLOCK_M"] = min(config["BLOCK_M"], max(16, next_power_of_2(M * fold)))
     programs, part = cdiv(M * fold, config["BLOCK_M"]) * sequences * H // fold, lse.numel()
-    parts = min(_processors(q.device) * 2 // max(1, programs), N // SPLIT_KEYS, MOST_PARTS) if few else 1
+    parts = min(processors(q.device) * 2 // max(1, programs), N // SPLIT_KEYS, MOST_PARTS) if few else 1
     split, out = parts > 1, (o, lse)
     if split:
         out = q.new_empty((parts, *o.shape), dtype=torch.float32), lse.new_empty((parts, *lse.shape))
@@ -244,11 +244,6 @@ def _arch(device):
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
 
 
 def _unit(*tensors):

@@ -4,11 +4,9 @@ A row that fits into one tile stays in registers and is read once; of a longer o
 positions lie side by side in memory share a tile, and so do short rows. Few and long rows are split over programs, and merged.
 """
 
-import functools
-
 import torch
 
-from minkernels._triton_launch import cdiv, next_power_of_2
+from minkernels._triton_launch import cdiv, next_power_of_2, processors
 from minkernels._triton_math import ASSERT, FUSED, registers
 from minkernels.cross_entropy._options import (
     Options,
@@ -93,7 +91,7 @@ def _rows(input, target, weight, x, divisor, factor, loss, stats, argmax, grad, 
     tiles, parts, share, scratch = cdiv(D, ROWS), 1, V, None
     if not whole:
         blocks = cdiv(V, BLOCK_SPLIT := TILE // ROWS)
-        parts = max(1, min(2 * _processors(input.device) // max(1, B * tiles), MOST_PARTS, blocks))
+        parts = max(1, min(2 * processors(input.device) // max(1, B * tiles), MOST_PARTS, blocks))
         if parts > 1:
             share = cdiv(blocks, parts)
             parts, share, BLOCK = cdiv(blocks, share), share * BLOCK_SPLIT, BLOCK_SPLIT
@@ -172,8 +170,3 @@ def _numbers(x, V):
 
 def _num_warps(elements):
     return max(1, min(16, elements // 512))
-
-
-@functools.cache
-def _processors(device):
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16

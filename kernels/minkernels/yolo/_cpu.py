@@ -3,9 +3,8 @@
 import torch
 
 from minkernels.nms import _cpu as nms
-from minkernels.yolo._options import Options, arithmetic, class_error, loss_factor, loss_output, outputs
+from minkernels.yolo._options import HEADS, Options, arithmetic, class_error, loss_factor, loss_output, outputs
 
-HEADS = {"v1": 0, "v1-planar": 1, "v8": 2, "v8-probs": 2}  # csrc/ops/cpu/yolo.h
 _candidates = torch.ops.minkernels._yolo_candidates.default
 _detections = torch.ops.minkernels._yolo_detections.default
 _loss_fwd = torch.ops.minkernels._yolo_loss_fwd.default

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from minkernels.nms._common import round_down
 
+HEADS = {"v1": 0, "v1-planar": 1, "v8": 2, "v8-probs": 2}  # as the kernels number them: csrc/ops/cpu/yolo.h, _triton.py
 SCHEMA = (
     "str head, int boxes_per_cell, int num_classes, float height, float width, bool sqrt_wh, float score_threshold, float iou_threshold, "
     "int max_output, bool class_agnostic, bool multi_label, int max_candidates"

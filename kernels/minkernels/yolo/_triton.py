@@ -12,12 +12,11 @@ import triton.language as tl
 from minkernels._triton_launch import cdiv, kernel
 from minkernels._triton_math import EXACT, INF, blocks_of, image_and_block
 from minkernels.nms import _triton as nms
-from minkernels.yolo._options import Options, arithmetic, outputs
+from minkernels.yolo._options import HEADS, Options, arithmetic, outputs
 
 BLOCK = 128  # places of a program
 ROWS = 16  # classes that it loads at a time
 DIGITS = (21, 11), (10, 11), (0, 10)  # of a score's 32 bits: the lowest bit, and how many
-HEADS = {"v1": 0, "v1-planar": 1, "v8": 2, "v8-probs": 2}
 V1, PLANAR, V8, BEST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 

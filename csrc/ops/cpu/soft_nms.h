@@ -33,7 +33,7 @@ struct SoftNMSKernels {
   // Multiplies the scores of n boxes by their weights under each of the kept ones in turn; -inf where a score is no longer above least.
   // Returns the largest. Scores and boxes go on to a multiple of BOXES_PAD: boxes with a score of -inf.
   A (*lower)(const SoftBoxes<A>& boxes, A* scores, int64_t n, const SoftBox<A>* kept, int64_t n_kept, A least, const Decay<A>&);
-  // Of n numbers, and BOXES_PAD more that do not count: the largest; the first from i on that is equal to x, or n.
+  // Of n numbers, none a NaN, and BOXES_PAD more that do not count: the largest; the first from i on that is at least x, or n.
   A (*largest)(const A* numbers, int64_t n);
   int64_t (*find)(const A* numbers, int64_t n, int64_t i, A x);
   // boxes: n of one class, by descending score; multiplies each score by its weight. c: n + BOXES_PAD elements, for use here.

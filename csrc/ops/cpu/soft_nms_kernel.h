@@ -1,29 +1,5 @@
 // Soft-NMS and Matrix NMS on one level. Every operation rounds once, in the order of reference.py: compiled without contraction.
 
-// A bit for each lane of a comparison's result.
-INLINE uint32_t lane_bits(i32 m) {
-#if LEVEL_BYTES == 64
-  return _mm512_movepi32_mask((__m512i)m);
-#elif LEVEL_BYTES == 32
-  return uint32_t(_mm256_movemask_ps((__m256)m));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < vector<float>::lanes; i++) bits |= uint32_t(m[i] & 1) << i;
-  return bits;
-#endif
-}
-INLINE uint32_t lane_bits(i64 m) {
-#if LEVEL_BYTES == 64
-  return _mm512_movepi64_mask((__m512i)m);
-#elif LEVEL_BYTES == 32
-  return uint32_t(_mm256_movemask_pd((__m256d)m));
-#else
-  uint32_t bits = 0;
-  for (int i = 0; i < vector<double>::lanes; i++) bits |= uint32_t(m[i] & 1) << i;
-  return bits;
-#endif
-}
-
 template <class A>
 struct Overlap {
   vec<A> w, h;
@@ -78,7 +54,7 @@ template <class A>
 static int64_t find(const A* numbers, int64_t n, int64_t i, A x) {
   constexpr int L = vector<A>::lanes;
   for (; i < n; i += L) {
-    uint32_t bits = lane_bits(load(numbers + i) == x);
+    uint32_t bits = ~bits_above(splat(x), load(numbers + i)) & ((1u << L) - 1);
     if (bits) return min(n, i + __builtin_ctz(bits));
   }
   return n;

@@ -170,10 +170,7 @@ static double finish_positions(const Softmax& a, Tile<A>& x, int64_t row, int64_
     for (int64_t i = 0; i < n; i++) stats[2 * i] = x.m[i], stats[2 * i + 1] = x.d[i];
     return sum;
   }
-  for (int64_t i = 0; i < n; i++, stats += a.stats_columns) {
-    stats[0] = x.m[i], stats[1] = x.d[i];
-    if (a.stats_columns > 2) stats[2] = x.T[i];
-  }
+  for (int64_t i = 0; i < n; i++) stats[3 * i] = x.m[i], stats[3 * i + 1] = x.d[i], stats[3 * i + 2] = x.T[i];
   return sum;
 }
 

@@ -102,8 +102,7 @@ static std::tuple<Tensor, Tensor, Tensor> yolo_candidates(Tensor pred, int64_t h
   for (const auto& found : images) N = std::max(N, int64_t(found.size()));
   using torch::headeronly::ScalarType;
   bool wide = a.dtype == Dtype::f64;
-  ScalarType type = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor boxes = fresh({a.B, N, 4}, type), scores = fresh({a.B, N}, type);
+  Tensor boxes = fresh({a.B, N, 4}, wide_dtype(pred)), scores = fresh({a.B, N}, wide_dtype(pred));
   Tensor classes = fresh({a.B, N}, ScalarType::Long);
   const auto decode_image = [&](int64_t b, auto zero) {
     using A = decltype(zero);

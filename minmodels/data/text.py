@@ -31,16 +31,18 @@ class Text:
 def load(path: str, block_size: int) -> Text:
     """The text of a file, its last tenth held out; "" is the help topics, whole topics held out. Raises UserError."""
     name, train, heldout = read(path)
-    if len(train) <= block_size or len(heldout) <= block_size:
-        raise UserError(
-            f"{name} is too short for a context of {block_size} characters: it has {len(train) + len(heldout)}, of which "
-            f"{len(heldout)} are held out, and both parts must be longer than the context"
-        )
+    check_length(name, train, heldout, block_size, "characters")
     ids = torch.frombuffer(bytearray((train + heldout).encode("utf-32-le")), dtype=torch.int32)
     codes, ids = ids.unique(return_inverse=True)
     train_ids, heldout_ids = ids.int().split([len(train), len(heldout)])
     digest = hashlib.sha256(f"{len(train)} {train}{heldout}".encode()).hexdigest()
     return Text(name, "".join(map(chr, codes.tolist())), train_ids, heldout_ids, digest)
+
+
+def check_length(name: str, train, heldout, block_size: int, unit: str):
+    if min(len(train), len(heldout)) <= block_size:
+        sizes = f"it has {len(train) + len(heldout)}, of which {len(heldout)} are held out"
+        raise UserError(f"{name} is too short for a context of {block_size} {unit}: {sizes}, both parts must be longer than that")
 
 
 def read(path: str) -> tuple[str, str, str]:

@@ -117,11 +117,7 @@ def load(path: str, block_size: int, tokenizer: str, vocab_size: int) -> tuple[t
     name, *parts = textdata.read(path)
     tokens = BPE.learn(parts[0], vocab_size)
     train, heldout = (tokens.encode(part).int() for part in parts)
-    if len(train) <= block_size or len(heldout) <= block_size:
-        raise UserError(
-            f"{name} is too short for a context of {block_size} tokens: it has {len(train) + len(heldout)}, of which "
-            f"{len(heldout)} are held out, and both parts must be longer than the context"
-        )
+    textdata.check_length(name, train, heldout, block_size, "tokens")
     digest = hashlib.sha256(f"{len(parts[0])} {parts[0]}{parts[1]}".encode())
     digest.update(tokens.state()["tokenizer"].encode())
     return textdata.Text(name, "", train, heldout, digest.hexdigest()), tokens

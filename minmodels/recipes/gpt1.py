@@ -28,9 +28,7 @@ class GPT1Recipe(Recipe):
             torch.tensor([i for d in documentsdata.encode(self.tokenizer, part) for s in d for i in s], dtype=torch.int32)
             for part in (documents.train, documents.heldout)
         )
-        if min(len(self.train), len(self.held)) <= T:
-            sizes = f"{len(self.train)} tokens and {len(self.held)} held out"
-            raise UserError(f"{documents.name} is too short for a context of {T} tokens: it has {sizes}, and both parts must be longer")
+        textdata.check_length(documents.name, self.train, self.held, T, "tokens")
         try:
             self.config = GPT1Config(self.tokenizer.get_vocab_size(), T, options.n_layer, options.n_head, options.n_embd, options.dropout)
         except ValueError as error:

@@ -298,3 +298,7 @@ def test_the_table_fits_a_terminal():
     console.print(speed.table([row]))
     _, head, _, cells = (" ".join(line.split()) for line in console.file.getvalue().splitlines())
     assert head == " ".join(speed.HEAD) and cells == " ".join(row.cells())
+
+
+def test_a_guess_that_html_has_signs_for():
+    assert exhibits._guesses([("'", 0.5), ("<", 0.2)], "'").count("&#x27;") == 2  # the guess, and what it was

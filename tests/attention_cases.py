@@ -223,7 +223,7 @@ def check(fwd, bwd, q, k, v, x, *, runs=("",), draws=1, device="cpu", lay_out=la
             assert_close(a.cpu(), p, e, judged, f"{run} {name}", cancelled if name[0] == "d" else 0.0, draws)
 
 
-def check_hidden_row(backend, M, least, dtype, device="cpu", what=""):
+def check_hidden_row(fwd, bwd, M, least, dtype, device="cpu", what=""):
     """A row whose bias is one large negative number gives the mean of v, and where it is in no loss reaches no gradient."""
     q, k, v = (t.to(device) for t in make(1, 2, 2, M, M, 8, 8, dtype))
     bias = torch.zeros(1, 1, M, M, dtype=torch.promote_types(dtype, torch.float32), device=device)
@@ -231,9 +231,9 @@ def check_hidden_row(backend, M, least, dtype, device="cpu", what=""):
     do = torch.randn(1, 2, M, 8, device=device).to(dtype)
     do[:, :, 1] = 0
     x, close = Options(bias=bias, scale=8**-0.5), 1e-2 if dtype.itemsize == 2 else 1e-4
-    o, lse = backend.fwd(q, k, v, *x)
+    o, lse = fwd(q, k, v, *x)
     mean = v.double().mean(2)
     assert ((o[:, :, 1].double() - mean).abs() <= 4 * torch.finfo(dtype).eps * v.abs().max()).all(), what
     shown = x._replace(mask=(bias == 0).expand(1, 1, M, M))
-    for grad, expected in zip(*(backend.bwd(do, None, q, k, v, o, lse, *options, True)[:4] for options in (x, shown)), strict=True):
+    for grad, expected in zip(*(bwd(do, None, q, k, v, o, lse, *options, True)[:4] for options in (x, shown)), strict=True):
         torch.testing.assert_close(grad, expected, rtol=close, atol=close / 10)

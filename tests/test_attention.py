@@ -12,6 +12,7 @@ from minkernels import attention_varlen
 from minkernels.attention import reference
 from minkernels.attention._options import Options
 
+ops = torch.ops.minkernels
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
@@ -24,9 +25,7 @@ def test_reference(shape, name):
 
 
 def check_cpu(levels, q, k, v, x, **how):
-    from minkernels.attention import _cpu
-
-    check(_cpu.fwd, _cpu.bwd, q, k, v, x, runs=levels, **how)
+    check(ops.attention_fwd, ops.attention_bwd, q, k, v, x, runs=levels, **how)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -126,8 +125,6 @@ def test_cpu_expanded(library):  # stride 0: one key head for all, one batch of 
 @pytest.mark.parametrize("name", ["padded-causal", "combined", "bias-of-queries", "bias-of-all"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
-    from minkernels.attention import _cpu
-
     q, k, v = make(6, 10, 5, 300, 400, 64, 64, dtype)  # whole key heads for one thread, blocks for eight
     x, threads, results = options(name, q, k), torch.get_num_threads(), []
     do = torch.randn(q.shape).to(dtype)
@@ -137,11 +134,12 @@ def test_cpu_same_bits_for_any_number_of_threads(name, dtype, library):
     try:
         for n in (1, 2, 8):
             torch.set_num_threads(n)
-            o, lse = _cpu.fwd(q, k, v, *x)
-            results.append((o, lse, *_cpu.bwd(do, None, q, k, v, o, lse, *x, x.bias is not None), *_cpu.fwd(*few, *Options())))
+            o, lse = ops.attention_fwd(q, k, v, *x)
+            results.append((o, lse, *ops.attention_bwd(do, None, q, k, v, o, lse, *x, x.bias is not None)))
+            results[-1] += ops.attention_fwd(*few, *Options())
             for do_, qkv, x_ in short:
-                o, lse = _cpu.fwd(*qkv, *x_)
-                results[-1] += o, lse, *_cpu.bwd(do_, None, *qkv, o, lse, *x_, x_.bias is not None)
+                o, lse = ops.attention_fwd(*qkv, *x_)
+                results[-1] += o, lse, *ops.attention_bwd(do_, None, *qkv, o, lse, *x_, x_.bias is not None)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -156,14 +154,12 @@ LEFT = {"blocks": (1, 2, 1, 200, 210, 40, 24), "split": (1, 2, 2, 3, 1100, 40, 2
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cpu_left_over_memory(shape, name, dtype, levels):
     """What an earlier call left in the workspace reaches no result."""
-    from minkernels.attention import _cpu
-
     q, k, v = make(*shape, dtype)
     x, do = options(name, q, k), torch.randn(*q.shape[:3], v.shape[3]).to(dtype)
 
     def results(q, k, v, x):
-        o, lse = _cpu.fwd(q, k, v, *x)
-        return o, lse, *_cpu.bwd(do, None, q, k, v, o, lse, *x, x.bias is not None)
+        o, lse = ops.attention_fwd(q, k, v, *x)
+        return o, lse, *ops.attention_bwd(do, None, q, k, v, o, lse, *x, x.bias is not None)
 
     for level in levels:
         clean = results(q, k, v, x)
@@ -175,15 +171,14 @@ def test_cpu_left_over_memory(shape, name, dtype, levels):
 
 def test_workspace(library):
     """At most what inputs and outputs take in fp32; nothing that grows with M N."""
-    from minkernels.attention import _cpu
-
     S, x, peaks = 8192, Options(right=0), {}
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v, do = (torch.randn(1, 1, S, 64).to(dtype) for _ in range(4))
-        o, lse = _cpu.fwd(q, k, v, *x)
+        o, lse = ops.attention_fwd(q, k, v, *x)
         fp32 = S * 64 * 4  # bytes of a tensor; outputs are fresh memory too
-        peaks[dtype, "fwd"] = (extra_peak(lambda: _cpu.fwd(q, k, v, *x)) - o.nbytes) / (4 * fp32)  # noqa: B023
-        peaks[dtype, "bwd"] = (extra_peak(lambda: _cpu.bwd(do, None, q, k, v, o, lse, *x, False)) - 3 * q.nbytes) / (8 * fp32)  # noqa: B023
+        peaks[dtype, "fwd"] = (extra_peak(lambda: ops.attention_fwd(q, k, v, *x)) - o.nbytes) / (4 * fp32)  # noqa: B023
+        backward = extra_peak(lambda: ops.attention_bwd(do, None, q, k, v, o, lse, *x, False))  # noqa: B023
+        peaks[dtype, "bwd"] = (backward - 3 * q.nbytes) / (8 * fp32)
     assert max(peaks.values()) <= 1.0, f"workspace, in units of inputs and outputs in fp32: {peaks}"
 
 

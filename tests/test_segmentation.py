@@ -26,6 +26,7 @@ from segmentation_cases import (
     shapes,
 )
 
+ops = torch.ops.minkernels
 SHAPES = {  # the C++ kernel works on blocks of 1024 elements, registers of 4 to 16, tasks of 16384; rows as long as the layout allows
     "scalar": (),
     "one": (1,),
@@ -56,8 +57,6 @@ def spoil(t, mask):
 
 def check_pointwise(levels, x, t, weight, pos_weight, mask, alpha, gamma, reduction, draws=1):
     """The C++ kernels' loss and both gradients, the early one and the recomputed one, against fp64."""
-    from minkernels.segmentation import _cpu
-
     dtype, options = x.dtype, dict(mask=mask, alpha=alpha, gamma=gamma, reduction=reduction)
     dloss = torch.rand(x.shape if reduction == "none" else ()).to(wide(dtype)) - 0.3
     clean_x, clean_t = (v if mask is None else v.masked_fill(~mask, 0) for v in (x, t))
@@ -71,10 +70,10 @@ def check_pointwise(levels, x, t, weight, pos_weight, mask, alpha, gamma, reduct
     args = *(None if w is None else w.expand(x.shape) for w in (weight, pos_weight, mask)), alpha, gamma
     tensors = spoil(x, mask), spoil(t, mask), *args[:3]
     for level in levels:
-        loss, scale, early = _cpu.sigmoid_loss_fwd(*tensors, alpha, gamma, reduction, reduction != "none")
+        loss, scale, early = ops.sigmoid_loss_fwd(*tensors, alpha, gamma, reduction, reduction != "none")
         assert_close(loss, plain, exact, wide(dtype), f"{level} loss", draws=draws)
         for what, upstream in upstreams.items():
-            grad = early if what == "early grad" else _cpu.sigmoid_loss_bwd(upstream, *tensors, scale, alpha, gamma)
+            grad = early if what == "early grad" else ops.sigmoid_loss_bwd(upstream, *tensors, scale, alpha, gamma)
             exact_grad = grad_of(formula(torch.float64), clean_x.double(), upstream.double())
             plain_grad = grad_of(formula(dtype), clean_x, upstream.to(dtype))
             assert_close(grad, plain_grad, exact_grad, dtype, f"{level} {what}", draws=draws)
@@ -82,8 +81,6 @@ def check_pointwise(levels, x, t, weight, pos_weight, mask, alpha, gamma, reduct
 
 
 def check_dice(levels, x, t, mask, options, draws=1):
-    from minkernels.segmentation import _cpu
-
     dtype, classes = x.dtype, x.shape[1]
     spread = None if mask is None else mask.expand(x.shape)
     dense = t if t.dim() == x.dim() else F.one_hot(t.long(), classes).movedim(-1, 1)
@@ -101,9 +98,9 @@ def check_dice(levels, x, t, mask, options, draws=1):
     hidden = spread if t.dim() == x.dim() or spread is None else spread.any(1)
     tensors = spoil(x, spread), spoil(t, hidden), pos_weight, spread
     for level in levels:
-        loss, factors = _cpu.bce_dice_fwd(*tensors, *numbers, squared, per_image, reduction)
+        loss, factors = ops.bce_dice_fwd(*tensors, *numbers, squared, per_image, reduction)
         assert_close(loss, plain, exact, wide(dtype), f"{level} loss", draws=draws)
-        grad = _cpu.bce_dice_bwd(*tensors, factors * dloss[..., None], squared)
+        grad = ops.bce_dice_bwd(*tensors, factors * dloss[..., None], squared)
         assert_close(grad, plain_grad, exact_grad, dtype, f"{level} grad", draws=draws)
         assert grad.stride() == torch.empty_like(tensors[0]).stride()
 
@@ -216,10 +213,8 @@ def test_cpu_dice_options(reduction, target, masked, squared, levels):
 
 
 def test_a_class_map_whose_dtype_does_not_hold_the_number_of_classes(library):
-    from minkernels.segmentation import _cpu
-
     x, t = torch.randn(2, 300, 33), torch.randint(0, 256, (2, 33), dtype=torch.uint8)
-    for backend in (_cpu, reference):
+    for backend in (ops, reference):
         results = [backend.bce_dice_fwd(x, labels, None, None, 1.0, 1.0, 1.0, False, True, "mean") for labels in (t, t.long())]
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

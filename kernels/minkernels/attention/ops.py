@@ -40,8 +40,8 @@ def attention(
         causal: query i sees no key after i + N - M: aligned to the bottom right, so that decoding works. "top-left": none after
             i, as is_causal of F.scaled_dot_product_attention has it. Where kv_lens is given, its b-th length stands for N.
         key_mask: (B, N) bool, True where a key may be seen (False is padding), any pattern.
-        kv_lens: (B,) int32 or int64, 0 to N: keys from there on do not exist. NaN or inf in a key or value that key_mask or
-            kv_lens hides reaches nothing.
+        kv_lens: (B,) int32 or int64, 0 to N (a ValueError else; on a GPU an assert): keys from there on do not exist. NaN or inf in a
+            key or value that key_mask or kv_lens hides reaches nothing.
         mask: bool, True where a query sees a key, any shape that broadcasts to (B, H, M, N).
         bias: float, added to the scores (in nats), any shape that broadcasts to (B, H, M, N); has a gradient.
         window: (left, right): query i sees keys i + off - left to i + off + right, where off is N - M, or 0 for causal="top-left".

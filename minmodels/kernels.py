@@ -91,6 +91,7 @@ def token_logprobs(input: Tensor, target: Tensor, *, ignore_index: int = -100) -
 def linear_token_logprobs(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, ignore_index: int = -100
 ) -> TokenLogprobs:
+    """token_logprobs() of F.linear(input, linear_weight, linear_bias): input (..., H), linear_weight (V, H), target (...)."""
     return token_logprobs(F.linear(input, linear_weight, linear_bias), target, ignore_index=ignore_index)
 
 

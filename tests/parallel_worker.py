@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from minkernels import cross_entropy, linear_cross_entropy
 
-N, H, V = 23, 12, 34
+N, H = 23, 12
 
 
 def same(ours, theirs, what):
@@ -15,11 +15,12 @@ def same(ours, theirs, what):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=lambda m: f"{what}: {m}")
 
 
-def run(rank, world):
+def run(rank, ends):
+    """ends: where the classes of each rank end."""
     torch.manual_seed(0)
-    own = slice(rank * V // world, (rank + 1) * V // world)
+    V, own = ends[-1], slice(([0, *ends])[rank], ends[rank])
     logits, input, weight, bias = torch.randn(N, V), torch.randn(N, H), torch.randn(V, H), torch.randn(V)
-    logits[3, : V // 2] = float("-inf")  # a shard without a finite logit
+    logits[3, : ends[0]] = logits[7, : ends[0]] = float("-inf")  # a shard without a finite logit
     class_weight, target = torch.rand(V) + 0.5, torch.randint(0, V, (N,))
     target[3], target[5], target[6] = V - 1, -100, -100
     logits[5] = float("nan")
@@ -29,10 +30,11 @@ def run(rank, world):
     for options in plain + smooth:
         x = logits if options in plain or "softcap" in options else torch.where(logits == float("-inf"), 0.0, logits)
         for reduction in ("none", "mean", "sum"):
-            results = []
+            results, labels = [], target.clone()
+            labels[7] = 0 if reduction == "none" else -100  # its loss is infinite
             for part, group in ((slice(None), None), (own, dist.group.WORLD)):
                 leaf = x[:, part].clone().requires_grad_()
-                loss = cross_entropy(leaf, target, reduction=reduction, group=group, **options)
+                loss = cross_entropy(leaf, labels, reduction=reduction, group=group, **options)
                 (dx,) = torch.autograd.grad(loss, leaf, dloss if reduction == "none" else torch.tensor(0.7))
                 results.append((loss, dx[:, own] if group is None else dx))
             same(*results, f"cross_entropy {options} {reduction}")
@@ -44,16 +46,34 @@ def run(rank, world):
                 grads = torch.autograd.grad(loss, leaves, dloss if reduction == "none" else torch.tensor(0.7))
                 results.append((loss, grads[0], *(g[own] if group is None else g for g in grads[1:])))
             same(*results, f"linear_cross_entropy {options} {reduction}")
-    try:
-        cross_entropy(logits[:, own], torch.full((N,), V), group=dist.group.WORLD)
-    except IndexError as error:
-        assert "target[0] is 34, out of range for 34 classes" in str(error)
-    else:
-        raise AssertionError("a label out of range passed")
+    refused(rank, logits[:, own], input, weight[own], target, V)
+
+
+def refused(rank, logits, input, weight, target, V):
+    """On every rank, even where one alone is wrong: the others would wait for it."""
+    bad = target.clone()
+    bad[rank] = V
+    here = f"target[{rank}] is {V}, out of range for {V} classes"
+    cases = [
+        (bad, None, IndexError, here, here),
+        (bad if rank else target, None, (IndexError, RuntimeError), "target is out of range on rank 1 of group", here),
+        (target, torch.ones(V + 1), ValueError, *[f"weight must be (V={V},), the classes of all ranks, got ({V + 1},)"] * 2),
+        (target[: N - rank], None, ValueError, *[f"every rank of group must have the same rows, got {N}, {N - 1} of them"] * 2),
+    ]
+    for target, class_weight, kind, *said in cases:
+        for op, args in ((cross_entropy, (logits,)), (linear_cross_entropy, (input, weight))):
+            rows = args[0][: len(target)], *args[1:]
+            try:
+                op(*rows, target, weight=class_weight, group=dist.group.WORLD)
+            except kind as error:
+                assert said[rank] in str(error), error
+            else:
+                raise AssertionError(f"{said[rank]} passed")
 
 
 if __name__ == "__main__":
-    rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    run(rank, world)
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for ends in ((17, 34), (18, 35), (30, 31)):
+        run(rank, ends)
     dist.destroy_process_group()

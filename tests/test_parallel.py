@@ -18,7 +18,7 @@ def test_two_processes(library, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "parallel_worker.py")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    workers = [subprocess.Popen([*command, str(rank), "2", str(tmp_path / "store")], env=env, **pipes) for rank in range(2)]
+    workers = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")], env=env, **pipes) for rank in range(2)]
     try:
         outputs = [worker.communicate(timeout=120)[0] for worker in workers]
     finally:

@@ -44,18 +44,17 @@ def check_empty(empty):
         raise ValueError(f"empty must be one of {', '.join(EMPTY)}, got {empty!r}")
 
 
-def check_weight(weight, input, V):
+def check_weight(weight, input, V, group):
+    """Where there is a group, split() of _parallel.py finds out how many classes there are."""
     check_floats("weight", weight, converted=True)
-    if weight.shape != (V,):
-        raise ValueError(f"weight must be (V={V},), got {tuple(weight.shape)}")
+    if weight.dim() != 1 if group is not None else weight.shape != (V,):
+        raise ValueError(f"weight must be ({'V,' if group is not None else f'V={V},'}), got {tuple(weight.shape)}")
     check_constant("weight", weight, "input", input)
 
 
-def classes_in_all(V, group) -> int:
-    if group is None:
-        return V
-    from torch import distributed
+def check_group(group):
+    if group is not None:
+        from torch import distributed
 
-    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {group!r}")
-    return V * distributed.get_world_size(group)
+        if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+            raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {group!r}")

@@ -65,11 +65,16 @@ def all_ignored(target: Tensor, ignore_index: int) -> Tensor:
     return ignored if target.dim() == 1 else ignored.all(1)
 
 
+def names_no_class(target: Tensor, V: int | Tensor, ignore_index: int) -> Tensor:
+    """Of each label, whether it should and does not."""
+    label = target.long()
+    return (label != ignore_index) & ((label < 0) | (label >= V))
+
+
 def check_labels(target: Tensor, V: int, ignore_index: int) -> None:
     """Raises the one error that only the data can show: the first label that names no class."""
     if is_labels(target):
-        label = target.long()
-        bad = (label != ignore_index) & ((label < 0) | (label >= V))
+        bad = names_no_class(target, V, ignore_index)
         if bad.any():
             at = bad.nonzero()[0].tolist()
             raise IndexError(f"target{at or ''} is {target[tuple(at)].item()}, out of range for {V} classes (0 to {V - 1})")

@@ -1,46 +1,85 @@
 """The losses where the classes are split over the ranks of a process group: each makes the statistics of its own, they are gathered
 once, and every rank then knows the loss, and the coefficients of its part of the gradient."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from minkernels.cross_entropy._options import Options, check_labels, coefficients, is_ignored, row_weights, weighted
+from minkernels.cross_entropy._options import Options, check_labels, coefficients, is_ignored, names_no_class, row_weights, weighted
+
+NOWHERE = -(2**31)  # no label less the first class of a rank is this
 
 
-def shard(target: Tensor, V: int, x: Options, group) -> tuple[Tensor, Options, int]:
-    """Labels as this rank's V classes number them, the options that go with them, and how many classes there are in all."""
-    total = V * dist.get_world_size(group)
-    label, ignored = target.long(), is_ignored(target, x.ignore_index)
-    if target.device.type == "cpu":
-        check_labels(target, total, x.ignore_index)
+class Split(NamedTuple):
+    """The classes of a group: those of this rank begin at `first`. first and total are tensors where to read them would wait for a GPU."""
+
+    group: dist.ProcessGroup
+    V: int
+    first: int | Tensor
+    total: int | Tensor
+    ends: Tensor  # (ranks,): where the classes of each end
+
+
+def split(V: int, rows: int, weight: Tensor | None, device: torch.device, group) -> Split:
+    """Raises on every rank if the rows, or weight and the classes, do not agree; on a GPU that is asserted."""
+    numbers = torch.full((2,), V, device=device)
+    numbers[1] = rows
+    parts = [torch.empty_like(numbers) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, numbers, group=group)
+    classes, all_rows = torch.stack(parts).unbind(1)
+    ends = classes.cumsum(0)
+    first, total = (ends - classes)[dist.get_rank(group)], ends[-1]
+    if device.type == "cpu":
+        first, total = first.item(), total.item()
+        if (all_rows != rows).any():
+            raise ValueError(f"every rank of group must have the same rows, got {', '.join(map(str, all_rows.tolist()))} of them")
+        if weight is not None and len(weight) != total:
+            raise ValueError(f"weight must be (V={total},), the classes of all ranks, got {tuple(weight.shape)}")
     else:
-        torch._assert_async((ignored | ((label >= 0) & (label < total))).all(), f"target out of range for {total} classes")
-    nowhere = -total - 1  # no label minus the start of a shard is this
-    local = (label - V * dist.get_rank(group)).masked_fill(ignored, nowhere)
-    return local, x._replace(ignore_index=nowhere), total
+        torch._assert_async((all_rows == rows).all(), "every rank of group must have the same rows")
+        if weight is not None:
+            torch._assert_async(total == len(weight), "weight must have the classes of all ranks")
+    return Split(group, V, first, total, ends)
 
 
-def own(weight: Tensor | None, V: int, group) -> Tensor | None:
+def shard(target: Tensor, x: Options, split: Split) -> tuple[Tensor, Options]:
+    """Labels as this rank numbers its classes, and the options that go with them."""
+    local = (target.long() - split.first).masked_fill(is_ignored(target, x.ignore_index), NOWHERE)
+    return local, x._replace(ignore_index=NOWHERE)
+
+
+def own(weight: Tensor | None, split: Split) -> Tensor | None:
     """This rank's part of the class weights."""
-    return None if weight is None else weight[V * dist.get_rank(group) :][:V]
+    return None if weight is None else weight[split.first + torch.arange(split.V, device=weight.device)]
 
 
-def gather(stats: Tensor, target: Tensor, V: int, group) -> Tensor:
-    """(rows, 5) of all classes from those of each rank."""
-    world = dist.get_world_size(group)
-    parts = [torch.empty_like(stats) for _ in range(world)]
-    dist.all_gather(parts, stats, group=group)
-    m, d, T, rel, U = torch.stack(parts).unbind(-1)  # (world, rows)
+def gather(stats: Tensor, target: Tensor, ignore_index: int, split: Split) -> Tensor:
+    """(rows, 5) of all classes from those of each rank. Raises on every rank if one has wrong labels: the others would wait for it."""
+    wrong = names_no_class(target, split.total, ignore_index).any()
+    stats = torch.cat([stats, wrong.to(stats.dtype).expand(1, 5)])
+    parts = [torch.empty_like(stats) for _ in split.ends]
+    dist.all_gather(parts, stats, group=split.group)
+    every = torch.stack(parts)
+    every, wrong = every[:, :-1], every[:, -1, 0]
+    if stats.device.type != "cpu":
+        torch._assert_async(~wrong.any(), "target is out of range for the classes of all ranks")
+    elif wrong.any():
+        check_labels(target, split.total, ignore_index)
+        raise RuntimeError(f"target is out of range on rank {', '.join(map(str, wrong.nonzero().flatten().tolist()))} of group")
+    m, d, T, rel, U = every.unbind(-1)  # (world, rows)
     top = m.amax(0)
     above = top - m  # NaN where all logits are -inf, as the loss then is
-    owner = (target.reshape(1, -1).long() // V).clamp(0, world - 1)
-    factor = torch.where(m == float("-inf"), 0.0, (-above).exp())
+    none = m == float("-inf")
+    owner = torch.bucketize(target.reshape(1, -1).long(), split.ends, right=True).clamp(max=len(parts) - 1)
+    factor = torch.where(none, 0.0, (-above).exp())
     U = (torch.where(T == 0, 0.0, T * above) + U).sum(0)
-    return torch.stack([top, (d * factor).sum(0), T.sum(0), (rel + above).gather(0, owner)[0], U], -1)
+    rel = torch.where(none, torch.inf, rel) + above  # of a shard without a finite logit it is NaN
+    return torch.stack([top, (d * factor).sum(0), T.sum(0), rel.gather(0, owner)[0], U], -1)
 
 
-def reduced(stats: Tensor, total: int, target: Tensor, weight: Tensor | None, x: Options, reduction: str, empty_zero: bool) -> Tensor:
+def reduced(stats: Tensor, total: int | Tensor, target: Tensor, weight: Tensor | None, x: Options, reduction: str, empty_zero: bool):
     """The loss from the statistics of all classes: (rows,) or a scalar."""
     m, d, T, rel, U = stats.unbind(-1)
     w, log_d = row_weights(target, weight, x.ignore_index, stats.dtype), d.log()
@@ -56,25 +95,24 @@ def reduced(stats: Tensor, total: int, target: Tensor, weight: Tensor | None, x:
 
 
 class Parallel(torch.autograd.Function):
-    """op is Shards of cross_entropy, or what linear_cross_entropy has in its place: how many classes this rank has, their statistics, and
-    the gradients of `leaves`."""
+    """op is Shards of cross_entropy, or what linear_cross_entropy has in its place: the statistics of this rank's classes, and the
+    gradients of `leaves`."""
 
     @staticmethod
-    def forward(ctx, op, target, weight, x, reduction, empty_zero, group, *leaves):
+    def forward(ctx, op, target, weight, x, reduction, empty_zero, split, *leaves):
         ctx.set_materialize_grads(False)
-        V = op.classes(*leaves)
-        local, local_x, total = shard(target, V, x, group)
-        stats = gather(op.stats(local, own(weight, V, group), local_x, *leaves), target, V, group)
+        local, local_x = shard(target, x, split)
+        stats = gather(op.stats(local, own(weight, split), local_x, *leaves), target, x.ignore_index, split)
         ctx.save_for_backward(target, weight, stats, local, *leaves)
-        ctx.rest = op, local_x, x, total, reduction, empty_zero, group
-        return reduced(stats, total, target, weight, x, reduction, empty_zero)
+        ctx.rest = op, local_x, x, reduction, empty_zero, split
+        return reduced(stats, split.total, target, weight, x, reduction, empty_zero)
 
     @staticmethod
     def backward(ctx, dloss):
         if dloss is None:
             return (None,) * (7 + len(ctx.saved_tensors) - 4)
         target, weight, stats, local, *leaves = ctx.saved_tensors
-        op, local_x, x, total, reduction, empty_zero, group = ctx.rest
-        k = coefficients(dloss, total, target, weight, stats, x, reduction, empty_zero)
-        grads = op.grads(k, local, own(weight, op.classes(*leaves), group), local_x, ctx.needs_input_grad[7:], group, *leaves)
+        op, local_x, x, reduction, empty_zero, split = ctx.rest
+        k = coefficients(dloss, split.total, target, weight, stats, x, reduction, empty_zero)
+        grads = op.grads(k, local, own(weight, split), local_x, ctx.needs_input_grad[7:], split.group, *leaves)
         return *(None,) * 7, *grads

@@ -9,7 +9,7 @@ from torch import Tensor
 from minkernels._checks import NARROW, REDUCTIONS, check_floats, check_reduction, is_dense, on_one_device
 from minkernels._library import apply, define, needs_grad, no_gradient, once_differentiable, traceable
 from minkernels.cross_entropy import reference
-from minkernels.cross_entropy._arguments import check_empty, check_target, check_weight, classes_in_all, options
+from minkernels.cross_entropy._arguments import check_empty, check_group, check_target, check_weight, options
 from minkernels.cross_entropy._options import (
     SCHEMA,
     Options,
@@ -63,8 +63,8 @@ def cross_entropy(
         softcap: c makes the logits c * tanh(logit_scale * input / c).
         logit_scale: a factor of the logits, before softcap: one over the temperature.
         empty: "nan", or "zero": a mean over nothing is 0, and its gradient 0.
-        group: a torch.distributed process group over whose ranks the classes are split, in their order and evenly: input holds the V
-            classes of this rank, target and weight are those of all, the same on every rank. Labels and eager mode alone.
+        group: a torch.distributed process group over whose ranks the classes are split, in their order: input holds the V classes of
+            this rank, at least one, target and weight are those of all, the same on every rank. Labels and eager mode alone.
     Returns: the loss in nats, for "none" in the shape of input without its classes, else a scalar; float32 for 16-bit logits, else
         the dtype of the input. Deterministic.
     Raises: ValueError for shapes or values that do not fit; TypeError for unsupported dtypes and mixed devices; IndexError
@@ -84,7 +84,8 @@ def cross_entropy(
     check_reduction(reduction)
     check_empty(empty)
     weight = None if weight is None else weight.to(accumulator(input)).contiguous()
-    return _checked_cross_entropy(input, target, weight, x, reduction, empty == "zero", group)
+    split = None if group is None else parallel().split(_classes(input), target.numel(), weight, input.device, group)
+    return _checked_cross_entropy(input, target, weight, x, reduction, empty == "zero", split)
 
 
 def usual_cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing) -> Tensor | None:
@@ -112,13 +113,13 @@ def usual_cross_entropy(input, target, weight, ignore_index, reduction, label_sm
     return _checked_cross_entropy(input, target, weight, (ignore_index, label_smoothing, 0.0, 0.0, 1.0), reduction, False)
 
 
-def _checked_cross_entropy(input, target, weight, x, reduction, empty_zero, group=None):
+def _checked_cross_entropy(input, target, weight, x, reduction, empty_zero, split=None):
     rows, flat = (input, target) if input.dim() == 2 else (_rows(input), _rows(target, 0 if is_labels(target) else 1))
     args = flat, weight, x, reduction, empty_zero
     try:
-        loss = _loss(rows, *args) if group is None else parallel().apply(Shards, *args, group, rows)
+        loss = _loss(rows, *args) if split is None else parallel().Parallel.apply(Shards, *args, split, rows)
     except IndexError:  # of the labels as the kernels see them; the caller's are to be named
-        check_labels(target, classes_in_all(input.shape[min(1, input.dim() - 1)], group), Options(*x).ignore_index)
+        check_labels(target, _classes(input) if split is None else split.total, Options(*x).ignore_index)
         raise
     return loss.reshape(_classes_out(input)) if reduction == "none" and input.dim() != 2 else loss
 
@@ -176,27 +177,22 @@ def _check(input, weight, group):
     check_floats("input", input)
     if input.dim() == 0:
         raise ValueError("input must have a dimension of classes, got a scalar")
-    V = input.shape[min(1, input.dim() - 1)]
-    if V == 0:
+    if _classes(input) == 0:
         raise ValueError(f"input must have at least one class, got shape {tuple(input.shape)}")
-    classes = classes_in_all(V, group)
+    check_group(group)
     if weight is not None:
-        check_weight(weight, input, classes)
+        check_weight(weight, input, _classes(input), group)
 
 
 def parallel():
     """Imported at the first use: torch.distributed takes its time."""
-    from minkernels.cross_entropy._parallel import Parallel
+    from minkernels.cross_entropy import _parallel
 
-    return Parallel
+    return _parallel
 
 
 class Shards:
     """What _parallel.py asks of this op."""
-
-    @staticmethod
-    def classes(input):
-        return input.shape[1]
 
     @staticmethod
     def stats(target, weight, x, input):
@@ -205,6 +201,10 @@ class Shards:
     @staticmethod
     def grads(k, target, weight, x, wanted, group, input):
         return (softmax_grad(input, target, weight, k, *x),)
+
+
+def _classes(input):
+    return input.shape[min(1, input.dim() - 1)]
 
 
 def _classes_out(input):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from minkernels._checks import as_int, check_floats, check_reduction
 from minkernels._library import apply, autocast_dtype, define, needs_grad, no_gradient, once_differentiable, traceable
-from minkernels.cross_entropy._arguments import check_empty, check_target, check_weight, classes_in_all, options
+from minkernels.cross_entropy._arguments import check_empty, check_group, check_target, check_weight, options
 from minkernels.cross_entropy._options import SCHEMA, Options, accumulator, check_labels, coefficients, is_labels, new_stats
 from minkernels.cross_entropy.ops import (
     TokenLogprobs,
@@ -70,17 +70,18 @@ def linear_cross_entropy(
     args = traceable(*_flat(input, linear_weight, target, linear_bias))
     args = *args, weight, *x, reduction, empty == "zero", memory_budget
     wanted = [t is not None and t.requires_grad for t in args[:4]]
+    split = None if group is None else parallel().split(V, target.numel(), weight, input.device, group)
     try:
-        if group is not None:
+        if split is not None:
             shards = _Shards(memory_budget)
-            loss = parallel().apply(shards, args[2], weight, x, reduction, empty == "zero", group, args[0], args[1], args[3])
+            loss = parallel().Parallel.apply(shards, args[2], weight, x, reduction, empty == "zero", split, args[0], args[1], args[3])
         elif needs_grad(*args[:4]):
             early = reduction != "none" and not wanted[2] and grad_early(input)
             loss = apply(_LinearCrossEntropy, *args, *(early and want for want in (wanted[0], wanted[1], wanted[3])))[0]
         else:
             loss = _fwd(*args, False, False, False)[0]
     except IndexError:  # of the labels as the kernels see them; the caller's are to be named
-        check_labels(target, classes_in_all(V, group), x.ignore_index)
+        check_labels(target, V if split is None else split.total, x.ignore_index)
         raise
     return loss.reshape((*lead, *positions)) if reduction == "none" else loss
 
@@ -132,9 +133,9 @@ def _check(input, linear_weight, linear_bias, weight, memory_budget, group):
         check_floats("linear_bias", linear_bias)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(f"linear_bias must be {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
-    classes = classes_in_all(linear_weight.shape[0], group)
+    check_group(group)
     if weight is not None:
-        check_weight(weight, input, classes)
+        check_weight(weight, input, linear_weight.shape[0], group)
     low = autocast_dtype(input)
     if low is not None and input.dtype != torch.float64:
         input, linear_weight, linear_bias = (t if t is None else t.to(low) for t in (input, linear_weight, linear_bias))
@@ -164,9 +165,6 @@ class _Shards:
 
     def __init__(self, memory_budget):
         self.memory_budget = memory_budget
-
-    def classes(self, input, linear_weight, linear_bias):
-        return len(linear_weight)
 
     def stats(self, target, weight, x, input, linear_weight, linear_bias):
         return linear_softmax_stats(input, linear_weight, target, linear_bias, weight, *x, True, False, self.memory_budget)[0]

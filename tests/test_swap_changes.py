@@ -5,6 +5,7 @@ import functools
 import inspect
 import pickle
 import sys
+import types
 
 import pytest
 import torch
@@ -54,6 +55,18 @@ def test_forward_replaced_by_others():
     report = swap(model)
     assert not report.replaced and [x.why for x in report.left] == ["something else has replaced its forward"] * 2
     assert [module.forward for module in model] == kept
+
+
+@pytest.mark.parametrize("make", [Attention, nn.CrossEntropyLoss], ids=["in-its-forward", "known"])
+def test_a_method_that_is_taken_apart_and_bound_again(make):
+    """As accelerate's prepare_model() and unwrap_model() do."""
+    module = make()
+    given = (torch.randn(2, 5, 32),) if make is Attention else (torch.randn(4, 7), torch.arange(4))
+    swap(module)
+    module.forward = types.MethodType(module.forward.__func__, module)
+    with torch.no_grad():
+        assert ours(module, *given)[1] == ["attention_fwd" if make is Attention else "cross_entropy_fwd"]
+    assert len(unswap(module)) == 1 and "forward" not in vars(module)
 
 
 def test_copies():

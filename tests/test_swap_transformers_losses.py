@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
@@ -103,11 +104,63 @@ def test_heads_with_a_loss_of_their_own(library, monkeypatch, head):
     given = dict(input_ids=ids[None] if head.endswith("Choice") else ids, **HEADS[head])
     plain = model(**given).loss
     report = minkernels.swap(model)
-    assert ("", f"F.cross_entropy in {head}", "cross_entropy") in report.replaced
+    assert any(x.what.startswith("F.cross_entropy") and x.what.endswith(f" in {head}") for x in report.replaced)
     torch.testing.assert_close(model(**given).loss, plain)
     assert len(losses) == sum("label" in name or "positions" in name for name in given) and None not in losses
     torch.testing.assert_close(copy.deepcopy(model)(**given).loss, plain)
     assert model(given["input_ids"]).get("loss") is None
+
+
+def test_heads_with_other_losses_of_their_own(library):
+    """A binary cross-entropy, one of two in the same forward, and one in a function that forward calls, which is told to form it."""
+    text, image = SMALL | NO_DROPOUT, dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    ids, both = torch.randint(3, V, (2, 5)), "F.cross_entropy, F.binary_cross_entropy_with_logits"
+    clip = dict(text_config=image | dict(vocab_size=V), vision_config=image | dict(image_size=32, patch_size=8))
+    bert = transformers.BertConfig(**text, problem_type="multi_label_classification", num_labels=3)
+    cases = [
+        (transformers.ElectraForPreTraining(transformers.ElectraConfig(**text)), dict(labels=ids % 2), both.partition(", ")[2]),
+        (transformers.BertForSequenceClassification(bert), dict(labels=torch.rand(2, 3)), both),
+        (
+            transformers.CLIPModel(transformers.CLIPConfig(**clip)),
+            dict(pixel_values=torch.randn(2, 3, 32, 32), return_loss=True),
+            both.partition(", ")[0],
+        ),
+    ]
+    for model, given, what in cases:
+        plain = model.eval()(ids, **given).loss
+        report = minkernels.swap(model, strict=True)
+        assert f"{what} in {type(model).__name__}" in [x.what for x in report.replaced]
+        out, names = ours(model, ids, **given)
+        assert {"sigmoid_loss_fwd", "cross_entropy_fwd"} & {*names}
+        torch.testing.assert_close(out.loss, plain)
+
+
+def test_loss_of_semantic_segmentation(library):
+    config = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=8)
+    model = transformers.BeitForSemanticSegmentation(transformers.BeitConfig(**config, out_indices=[1, 2, 3, 4], num_labels=3)).eval()
+    given = dict(pixel_values=torch.randn(2, 3, 32, 32), labels=torch.randint(3, (2, 32, 32)))
+    if not hasattr(transformers.loss.loss_utils, "ForSemanticSegmentationLoss"):
+        pytest.skip("an older transformers")
+    plain = model(**given).loss
+    assert "ForSemanticSegmentationLoss" in [x.what for x in minkernels.swap(model).replaced]
+    out, names = ours(model, **given)
+    assert "cross_entropy_fwd" in names
+    torch.testing.assert_close(out.loss, plain)
+
+
+class Quantized(torch.Tensor):
+    """As torchao's: the module stays an nn.Linear."""
+
+
+def test_a_quantized_head_keeps_its_logits(library):
+    model, given = make("llama"), inputs_of("llama", "right")[0]
+    plain = model(**given).loss
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Quantized))
+    report = minkernels.swap(model, linear_cross_entropy=True)
+    assert [x.why for x in report.left] == ["its lm_head is no plain nn.Linear but Linear of Quantized, or has hooks"]
+    out = model(**given)
+    assert out.logits is not None
+    torch.testing.assert_close(out.loss.as_subclass(torch.Tensor), plain)
 
 
 class Filtering(transformers.LlamaForCausalLM):

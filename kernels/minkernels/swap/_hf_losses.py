@@ -26,6 +26,8 @@ CAUSAL_LMS = {  # tested: their logits are lm_head(the body's last hidden state)
     "SmolLM3ForCausalLM",
     "Starcoder2ForCausalLM",
 }
+LOSSES = "cross_entropy", "binary_cross_entropy_with_logits"
+TELLS = "label", "positions", "return_loss"  # in the name of an argument for which a forward forms its loss
 LOSS_OPTIONS = "num_items_in_batch", "ignore_index", "shift_labels"  # of the loss function, which a model takes as it hands them on
 
 
@@ -38,7 +40,7 @@ def loss_of(model: nn.Module) -> tuple[Callable, Callable | None]:
         own = loss_utils.LOSS_MAPPING.get(getattr(model, "loss_type", None), loss_utils.ForCausalLMLoss)
     if own in fused().values():
         return own, own
-    return own, next((ours for name, ours in fused().items() if own is getattr(loss_utils, name)), None)
+    return own, next((ours for name, ours in fused().items() if own is getattr(loss_utils, name, None)), None)
 
 
 def fused() -> dict[str, Callable]:
@@ -49,6 +51,7 @@ def fused() -> dict[str, Callable]:
         "ForTokenClassification": token_classification,
         "ForQuestionAnsweringLoss": question_answering,
         "ForSequenceClassificationLoss": sequence_classification,
+        "ForSemanticSegmentationLoss": semantic_segmentation,  # of 5.x
     }
 
 
@@ -89,6 +92,13 @@ def sequence_classification(labels, pooled_logits, config, **options):
     return masked_lm(pooled_logits, labels, config.num_labels, options.get("num_items_in_batch"), options.get("ignore_index", -100))
 
 
+def semantic_segmentation(*args, **options):
+    from transformers.loss.loss_utils import ForSemanticSegmentationLoss
+
+    with Functions(("cross_entropy",)):
+        return ForSemanticSegmentationLoss(*args, **options)
+
+
 def _cross_entropy(logits, labels, **options):
     loss = functional.cross_entropy(logits, labels, **options)
     return F.cross_entropy(logits.float(), labels, **options) if loss is None else loss  # of tensor parallelism's logits, say
@@ -112,7 +122,8 @@ def no_linear(model: nn.Module) -> str:
     if kind.__name__ not in CAUSAL_LMS or not kind.__module__.startswith("transformers.models."):
         return "not among the architectures that linear_cross_entropy was tested with"
     if not _plain_head(model):
-        return f"its lm_head is no plain nn.Linear but {type(model.lm_head).__name__}, or has hooks"
+        head = model.lm_head
+        return f"its lm_head is no plain nn.Linear but {type(head).__name__} of {type(head.weight).__name__}, or has hooks"
     own, ours = loss_of(model)
     if ours is not causal_lm:
         return f"its loss is {getattr(own, '__name__', own)}"
@@ -122,6 +133,8 @@ def no_linear(model: nn.Module) -> str:
 def _plain_head(model):
     head = model.lm_head
     hooks = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
+    if type(head.weight).__name__ not in ("Parameter", "DTensor"):  # torchao quantises the weight, and the module stays
+        return False
     return type(head) is nn.Linear and "forward" not in vars(head) and not hooks and not nn.modules.module._has_any_global_hook()
 
 
@@ -153,9 +166,9 @@ def without_logits(model: nn.Module, *args, **given):
     return out if as_dict else out.to_tuple()
 
 
-def with_cross_entropy(model: nn.Module, *args, **given):
-    """forward of a model that calls F.cross_entropy itself, which it does where it is given labels."""
-    if len(args) > 1 or any(x is not None and ("label" in name or "positions" in name) for name, x in given.items()):
-        with Functions(("cross_entropy",)):
+def with_losses(model: nn.Module, *args, **given):
+    """forward of a model that calls PyTorch's losses itself, which it does where it is given labels, or told to."""
+    if len(args) > 1 or any(x is not None and any(sign in name for sign in TELLS) for name, x in given.items()):
+        with Functions(LOSSES):
             return type(model).forward(model, *args, **given)
     return type(model).forward(model, *args, **given)

@@ -21,15 +21,23 @@ def calls(cls: type, entry: str, names: tuple[str, ...]) -> tuple[dict[str, str]
     F.cross_entropy or sdpa, and a name one of `names`. A call counts if it is in the class, in the classes under it that super() may
     reach, or in plain functions of the same package that those call. What an object or an import inside a function gives is not seen.
     """
+    methods, known = methods_of(cls), _known(names)
+    inside = _reached([entry], methods, known)
+    outside = _reached(list(methods), methods, known)
+    return inside, {function: name for function, name in outside.items() if name not in inside.values()}
+
+
+def called(cls: type, entry: str, names: tuple[str, ...]) -> set[str]:
+    """Those of `names` that entry calls, in a tenth of the time."""
+    return {*_reached([entry], methods_of(cls), _known(names)).values()}
+
+
+def _known(names):
     known = {getattr(F, name): name for name in names if hasattr(F, name)}
     for module, functions in KNOWN_ELSEWHERE.items():
         if module in sys.modules:
             known |= {getattr(sys.modules[module], f, None): name for f, name in functions.items() if name in names}
-    known |= {attribute: name for attribute, name in KNOWN_ATTRIBUTES.items() if name in names}
-    methods = methods_of(cls)
-    inside = _reached([entry], methods, known)
-    outside = _reached(list(methods), methods, known)
-    return inside, {function: name for function, name in outside.items() if name not in inside.values()}
+    return known | {attribute: name for attribute, name in KNOWN_ATTRIBUTES.items() if name in names}
 
 
 def _reached(entries, methods, known) -> dict[str, str]:

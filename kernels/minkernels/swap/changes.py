@@ -4,6 +4,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -91,6 +92,19 @@ def forward(module: nn.Module, function: Callable) -> Attribute:
 
 
 class Forward(functools.partial):
+    """A method of the module: accelerate takes methods apart by __func__, and binds them again."""
+
+    @property
+    def __func__(self) -> Callable:
+        return functools.partial(self.func, *self.args[:-1])
+
+    def __eq__(self, other) -> bool:
+        if isinstance(other, MethodType) and isinstance(bound := other.__func__, functools.partial):
+            return (bound.func, *bound.args, other.__self__) == (self.func, *self.args)
+        return self is other
+
+    __hash__ = functools.partial.__hash__
+
     @property
     def __signature__(self) -> inspect.Signature:
         """Hugging Face's Trainer reads the names. Not kept: defaults and annotations need not be such as can be copied or pickled."""

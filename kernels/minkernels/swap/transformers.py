@@ -11,11 +11,13 @@ from torch import nn
 
 import minkernels
 from minkernels.swap import _hf_attention, _hf_losses
-from minkernels.swap.calls import calls, methods_of
+from minkernels.swap.calls import called, methods_of
 from minkernels.swap.changes import Attribute, Left, Swap, forward
 from minkernels.swap.mode import NAMES
+from minkernels.swap.modules import OPS
 
 ATTENTION = {"scaled_dot_product_attention", "multi_head_attention_forward"}
+CLASSES = {"CrossEntropyLoss": "cross_entropy", "BCEWithLogitsLoss": "binary_cross_entropy_with_logits"}
 TESTED = (4, 57), (6, 0)  # from the first, before the second
 NOT_OURS = {"DeepseekV4Attention": "it makes its mask longer, which it can only with a whole one"}
 
@@ -74,12 +76,12 @@ def _attention(where, model, kind):
             why[at] = reason or f"{type(owner).__name__} does not support setting its attention implementation"
         if weights:
             why[at] = "config.output_attentions asks for its weights, which we do not form"
-    called = functools.cache(lambda kind: {*calls(kind, "forward", NAMES)[0].values()})
+    names = functools.cache(lambda kind: called(kind, "forward", NAMES))
     others = {name: module for name, module in parts if name not in models and name not in inside and _is_attention(module)}
     for name, module in others.items():
         if any(up in others for up in _upwards(name)[1:]):
             continue
-        if not _on_functions(module, called):
+        if not _on_functions(module, names):
             yield Left(name, type(module).__name__, "it does not go through AttentionInterface")
         if "attention_mask" in inspect.signature(type(module).forward).parameters:
             why.setdefault(id(_owner(name, models).config), f"{type(module).__name__} beside it could not read our masks")
@@ -119,10 +121,10 @@ def _is_attention(module):
     return "Attention" in kind.__name__ and not kind.__module__.startswith("torch.") and any(True for _ in module.parameters())
 
 
-def _on_functions(module, called):
+def _on_functions(module, names):
     """Whether modules.py has a say of it: it, or an attention in it, calls what that redirects."""
     parts = [m for m in module.modules() if m is module or _is_attention(m) or isinstance(m, nn.MultiheadAttention)]
-    return any(isinstance(m, nn.MultiheadAttention) or ATTENTION & called(type(m)) for m in parts)
+    return any(isinstance(m, nn.MultiheadAttention) or ATTENTION & names(type(m)) for m in parts)
 
 
 @functools.cache
@@ -150,7 +152,7 @@ def _names(kind):
 def _loss(where, model, linear):
     used, kind = _names(type(model)), type(model).__name__
     own = vars(model).get("forward")
-    swappable = own is None or getattr(own, "func", None) in (_hf_losses.without_logits, _hf_losses.with_cross_entropy)
+    swappable = own is None or getattr(own, "func", None) in (_hf_losses.without_logits, _hf_losses.with_losses)
     if linear and "lm_head" in used:
         why = _hf_losses.no_linear(model)
         if not why and swappable:
@@ -160,11 +162,14 @@ def _loss(where, model, linear):
     if "loss_function" in used:
         own, ours = _hf_losses.loss_of(model)
         if ours is None:
-            yield Left(where, f"{kind}'s loss, {own}", "no fused form of it")
+            yield Left(where, f"{kind}'s loss, {getattr(own, '__name__', own)}", "no fused form of it")
         elif ours is not own:
             yield Swap(where, own.__name__, "cross_entropy", model, (Attribute(model, "_loss_function", ours),))
-    if used & {"CrossEntropyLoss", "cross_entropy"}:
+    used = {CLASSES.get(name, name) for name in used} | called(type(model), "forward", _hf_losses.LOSSES)
+    losses = [name for name in _hf_losses.LOSSES if name in used]
+    if losses:
+        what, by = f"{', '.join(f'F.{name}' for name in losses)} in {kind}", ", ".join(OPS[name] for name in losses)
         if swappable:
-            yield Swap(where, f"F.cross_entropy in {kind}", "cross_entropy", model, (forward(model, _hf_losses.with_cross_entropy),))
+            yield Swap(where, what, by, model, (forward(model, _hf_losses.with_losses),))
         else:
-            yield Left(where, f"F.cross_entropy in {kind}", "its forward has been replaced by another's")
+            yield Left(where, what, "its forward has been replaced by another's")

@@ -84,6 +84,17 @@ def test_cpu_sizes(data, dtype, levels):
             assert torch.equal(batched_nms(boxes, scores, idxs, t), kept_by_class), f"{level}, N {len(boxes)}, threshold {t}"
 
 
+@pytest.mark.parametrize("t", [0.02, 0.05, 0.1, 0.2, 0.25, 0.6])
+def test_cpu_cells(t, levels):
+    """Where so many boxes are kept that they are looked for by place: sides of every size, many of them close to the same place."""
+    corner = torch.rand(1700, 2).repeat(10, 1) * 12_000
+    corner += torch.randn(corner.shape) * 9
+    boxes, scores = torch.cat([corner, corner + torch.exp(torch.rand(corner.shape) * 6 - 1)], 1), torch.rand(17_000)
+    expected = plain_nms.nms(boxes, scores, t)
+    for level in levels:
+        assert torch.equal(nms(boxes, scores, t), expected), level
+
+
 @pytest.mark.parametrize("max_output", [1, 300, 5000])
 @pytest.mark.parametrize("classes", [None, 7], ids=["one-class", "classes"])
 def test_cpu_stops_early(max_output, classes, levels):

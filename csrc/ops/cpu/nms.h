@@ -4,10 +4,11 @@
 
 namespace minkernels {
 
-constexpr int64_t TASK_BOXES = 2048;    // of a task at least, or one segment
-constexpr int64_t LINE = 16;            // places
-constexpr int64_t GRID_BOXES = 4096;    // of a segment for which there is memory for a grid
-constexpr double GRID_THRESHOLD = 0.2;  // below it, a box may overlap with too many cells
+constexpr int64_t TASK_BOXES = 2048;     // of a task at least, or one segment
+constexpr int64_t LINE = 16;             // places
+constexpr int64_t GRID_BOXES = 1024;     // of a segment for which there is memory for a grid
+constexpr double GRID_THRESHOLD = 0.02;  // below it, a box may overlap with too many cells
+constexpr double FEW_CELLS = 0.25;       // above it, with few
 
 struct Nms {  // strides in elements
   const char *boxes = nullptr, *scores = nullptr;

@@ -75,6 +75,7 @@ struct Cells {
   uint32_t mask;
   int fine;
   double t, reach;
+  uint64_t small = ~uint64_t(0), large = small;  // a bit for each level that has boxes, or may
 
   Cells(const Nms& a, int64_t size, int fine) : fine(fine) {
     mask = (1u << (31 - __builtin_clz(uint32_t(size - 1)))) - 1;  // starts of all cells, and the end, fit into the segment's places
@@ -89,9 +90,13 @@ struct Cells {
     return i - (double(i) > x);
   }
   uint32_t number(int level, int64_t i, int64_t j) const { return uint32_t(i + j * 0x9e3779b1 + level * 0x85ebca6b) & mask; }
-  uint32_t of(const Places<float>& p, int64_t at) const {
+  static int level_of(const Places<float>& p, int64_t at) {
     float w = p.x2[at] - p.x1[at], h = p.y2[at] - p.y1[at];
-    int e = level(w > h ? w : h);
+    return level(w > h ? w : h);
+  }
+  bool has(int level) const { return (level < 64 ? small : large) >> (level & 63) & 1; }
+  uint32_t of(const Places<float>& p, int64_t at) const {
+    int e = level_of(p, at);
     double k = per_cell(e);
     return number(e, floor((double(p.x1[at]) + p.x2[at]) / 2 * k), floor((double(p.y1[at]) + p.y2[at]) / 2 * k));
   }
@@ -117,6 +122,11 @@ static Cells build_grid(const Nms& a, const Image& x, const Segment& s, uint32_t
   for (uint32_t i = 0; i < kept; i++) count[cells.of(p, s.begin + i)]++;
   for (uint32_t i = at; i < s.end; i++)
     if (p.area[i] > 0) count[cell[i] = cells.of(p, i)]++;
+  if (a.threshold < FEW_CELLS) {  // there are many levels to look into, of many cells
+    cells.small = cells.large = 0;
+    for (uint32_t i = s.begin; i < s.end; i = i + 1 == s.begin + kept ? at : i + 1)
+      if (int e = Cells::level_of(p, i); p.area[i] > 0) (e < 64 ? cells.small : cells.large) |= uint64_t(1) << (e & 63);
+  }
   uint32_t sum = s.begin;
   for (uint32_t c = 0; c <= cells.mask; c++) start[c] = sum, sum += count[c], count[c] = 0;
   for (uint32_t i = 0; i < kept; i++) {
@@ -138,6 +148,7 @@ static uint32_t find_in_grid(const Nms& a, const Image& x, const Segment& s, con
   uint32_t first = NONE;
   int last = Cells::level(most < 3e38 ? float(most) : 3e38f);
   for (int e = Cells::level(float(longer * cells.t)); e <= last; e++) {
+    if (a.threshold < FEW_CELLS && !cells.has(e)) continue;
     double k = cells.per_cell(e), side = bits_as<double>(uint64_t(1023 - 127 + 2 + 2 * e) << 52), v = w / cells.t, u = h / cells.t;
     double rx = (w + (v < side ? v : side)) * cells.reach, ry = (h + (u < side ? u : side)) * cells.reach;
     int64_t i0 = Cells::floor((cx - rx) * k), i1 = Cells::floor((cx + rx) * k), j1 = Cells::floor((cy + ry) * k);
@@ -155,7 +166,8 @@ static uint32_t find_in_grid(const Nms& a, const Image& x, const Segment& s, con
 
 template <class C>
 static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Limits<C>& limits, int64_t ranks) {
-  constexpr int64_t window = 256, dear = 48;  // boxes; registers a box, from which on cells are less work
+  constexpr int64_t window = 256;                                                    // boxes
+  const double dear = 48 * (a.threshold < FEW_CELLS ? FEW_CELLS / a.threshold : 1);  // registers a box, from which on cells are less work
   const Places<C> p(x);
   uint32_t at = s.next, kept = s.kept, built = 0;  // built: how many were kept when the grid was, 0 without one
   int64_t steps = 0;
@@ -171,7 +183,7 @@ static void suppress_segment(const Nms& a, const Image& x, Segment& s, const Lim
     if (!(p.area[at] > 0)) continue;  // neither suppresses nor is suppressed
     if constexpr (sizeof(C) == 4)
       if (may && i % window == 0) {
-        if (built ? kept >= 4 * built : steps > window * dear && s.end - at > kept) cells = build_grid(a, x, s, at, built = kept);
+        if (built ? kept >= 4 * built : double(steps) > window * dear && s.end - at > kept) cells = build_grid(a, x, s, at, built = kept);
         steps = 0;
       }
     bool in_grid = false;

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from minkernels import cross_entropy, linear_cross_entropy
+from minkernels.cross_entropy import _parallel
 
 N, H = 23, 12
 
@@ -76,4 +77,7 @@ if __name__ == "__main__":
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     for ends in ((17, 34), (18, 35), (30, 31)):
         run(rank, ends)
+    split = _parallel.split  # what follows: as on a GPU, where nobody reads these numbers
+    _parallel.split = lambda *args: (s := split(*args))._replace(first=torch.tensor(s.first), total=torch.tensor(s.total))
+    run(rank, (18, 35))
     dist.destroy_process_group()

@@ -165,7 +165,8 @@ def speed_section(rows: list[speed.Row], sizes: dict[str, tuple] | None) -> str:
     cells = []
     for row in rows:
         *begin, ratio, error, torch_error = row.cells()
-        cells.append((*begin, page.mark(ratio, "good" if row.ratio >= 1 else "bad"), error, torch_error))
+        marked = page.mark(ratio, "good" if row.ratio >= 1 else "bad")
+        cells.append((*map(escape, begin), marked, escape(error), escape(torch_error)))
     about = (
         "Each fused op, timed in turn with PyTorch's best, or, where PyTorch has no such op, with the same in plain PyTorch, as "
         f"--kernels torch runs it. {speed.where()}."

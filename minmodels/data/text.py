@@ -42,7 +42,7 @@ def load(path: str, block_size: int) -> Text:
 def check_length(name: str, train, heldout, block_size: int, unit: str):
     if min(len(train), len(heldout)) <= block_size:
         sizes = f"it has {len(train) + len(heldout)}, of which {len(heldout)} are held out"
-        raise UserError(f"{name} is too short for a context of {block_size} {unit}: {sizes}, both parts must be longer than that")
+        raise UserError(f"{name} is too short for a context of {block_size} {unit}: {sizes}, and both parts must be longer")
 
 
 def read(path: str) -> tuple[str, str, str]:

@@ -28,7 +28,7 @@ def calls(cls: type, entry: str, names: tuple[str, ...]) -> tuple[dict[str, str]
 
 
 def called(cls: type, entry: str, names: tuple[str, ...]) -> set[str]:
-    """Those of `names` that entry calls, in a tenth of the time."""
+    """Those of `names` that entry calls, without a look at all other methods, which takes 0.2 s."""
     return {*_reached([entry], methods_of(cls), _known(names)).values()}
 
 

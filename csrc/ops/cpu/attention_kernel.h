@@ -55,7 +55,7 @@ INLINE void pack_rows(word_t<T>* to, int64_t to_row, F from, int64_t stride, int
 template <class T>
 INLINE bool lie_packed(const View& x, int64_t n) {
   constexpr int PACK = operand<T>::pack;
-  bool as_words = PACK == 1 ? same<T, word_t<T>> : (n | x.b | x.h) % PACK == 0 && uintptr_t(x.data) % sizeof(word_t<T>) == 0;
+  bool as_words = PACK == 1 ? std::is_same_v<T, word_t<T>> : (n | x.b | x.h) % PACK == 0 && uintptr_t(x.data) % sizeof(word_t<T>) == 0;
   return as_words && x.d == 1 && x.row == n;
 }
 
@@ -68,7 +68,7 @@ static void pack_keys(const View& x, const Sequence& s, int64_t h, int64_t first
   const W* natural = (const W*)scratch;
   const T* start = row_of<T>(x, s.b, h, s.k0 + position(s, first));
   constexpr int PACK = operand<T>::pack;
-  bool as_words = same<T, W> || (PACK == 2 && d % 2 == 0 && x.row % 2 == 0 && uintptr_t(start) % sizeof(W) == 0);
+  bool as_words = std::is_same_v<T, W> || (PACK == 2 && d % 2 == 0 && x.row % 2 == 0 && uintptr_t(start) % sizeof(W) == 0);
   constexpr int64_t L = vector<acc_t<T>>::lanes, PANEL = COLS<acc_t<T>>;
   if (as_words && x.d == 1 && !s.keys && n % (panels ? L : PACK) == 0)
     natural = (const W*)start, from_row = x.row / PACK;  // already what packing would make of it

@@ -44,7 +44,7 @@ INLINE void for_row(const View& x, const Sequence& s, int64_t h, int64_t i, int6
 // In log2 units. What is finite stays so, and with it a row that is hidden by nothing but the least of numbers.
 template <class A>
 INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A* to) {
-  constexpr A least = same<A, double> ? A(-0x1p1022) : A(-0x1p126);
+  constexpr A least = std::is_same_v<A, double> ? A(-0x1p1022) : A(-0x1p126);
   auto read = [&](int64_t j, const auto* from) {
     const A bias = A(widen(*from)), scaled = bias * A(LOG2E);
     to[j] = scaled < least && bias > -__builtin_inf() ? least : scaled > -least && bias < __builtin_inf() ? -least : scaled;

@@ -36,7 +36,7 @@ INLINE void copy_row(const T* from, int64_t stride, int64_t d, int64_t width, A*
 template <class T, class A>
 INLINE const A* natural_rows(const View& x, const Sequence& s, int64_t h, int64_t first, int64_t rows, int64_t d, int64_t width, A* to) {
   const T* from = row_of<T>(x, s.b, h, first);
-  if (same<T, A> && x.d == 1 && x.row == d && d == width) return (const A*)from;
+  if (std::is_same_v<T, A> && x.d == 1 && x.row == d && d == width) return (const A*)from;
   for (int64_t i = 0; i < rows; i++) copy_row<T>(from + i * x.row, x.d, d, width, to + i * width);
   return to;
 }

@@ -200,20 +200,6 @@ static void read_labels(const Softmax& a, int64_t b, int64_t first, int64_t n, T
   x.some_ignored = ignored > 0;
 }
 
-// Back from load_wide().
-INLINE f32 narrowed(f32 x, const float*) { return x; }
-INLINE f64 narrowed(f64 x, const double*) { return x; }
-INLINE u16 narrowed(f32 x, const bfloat16*) {
-#if LEVEL_BF16_DOT
-  return (u16)_mm512_cvtneps_pbh((__m512)x);
-#else
-  return __builtin_convertvector(rounded_bf16(x) >> 16, u16);
-#endif
-}
-#if LEVEL_BYTES == 64
-INLINE u16 narrowed(f32 x, const half*) { return (u16)_mm512_cvtps_ph((__m512)x, 0); }
-#endif
-
 // K classes: z, and the largest so far.
 template <int K, class T, class A>
 INLINE void read_plain(const Tile<A>& x, const T* from, int64_t column, int64_t n, A* z) {
@@ -306,10 +292,9 @@ static double all_positions(const Softmax& a, int64_t b, int64_t first, int64_t 
   T* grad = a.grad.data ? (T*)a.grad.data + b * a.grad.batch + first * a.grad.position : nullptr;
   int64_t row = b * a.D + first;
   read_labels(a, b, first, n, x);
-  if constexpr (has_pairs<T>)
-    if (!a.turned && a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 &&
-        (!grad || a.grad.position == 1))
-      return plain_positions(a, b, first, n, x, logits, grad);
+  if (!a.turned && a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 &&
+      (!grad || a.grad.position == 1))
+    return plain_positions(a, b, first, n, x, logits, grad);
   for (int64_t i = 0; i < x.lanes; i++) {
     x.m[i] = -__builtin_inf(), x.d[i] = x.T[i] = x.U[i] = x.rel[i] = x.before[i] = 0;
   }

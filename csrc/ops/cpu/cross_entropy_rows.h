@@ -48,10 +48,6 @@ INLINE Pair<float> load_pair(const bfloat16* p) {
   u32 x = load((const uint32_t*)p);
   return {(f32)(x << 16), (f32)(x & 0xffff0000u)};
 }
-INLINE u32 rounded_bf16(f32 x) {  // in the upper half
-  u32 u = (u32)x;
-  return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
-}
 INLINE void store_pair(bfloat16* p, f32 a, f32 b, bool past = false) {
 #if LEVEL_BF16_DOT
   constexpr uint16_t halves[] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -62,20 +58,10 @@ INLINE void store_pair(bfloat16* p, f32 a, f32 b, bool past = false) {
   store_bits(p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u), past);
 #endif
 }
-template <class T>
-constexpr bool has_pairs = true;
-#if LEVEL_BYTES == 64
-INLINE Pair<float> load_pair(const half* p) {
-  const __m256i_u* x = (const __m256i_u*)p;
-  return {(f32)_mm512_cvtph_ps(x[0]), (f32)_mm512_cvtph_ps(x[1])};
-}
+INLINE Pair<float> load_pair(const half* p) { return {load_wide(p), load_wide(p + vector<float>::lanes)}; }
 INLINE void store_pair(half* p, f32 a, f32 b, bool past = false) {
-  store_bits(p, _mm512_cvtps_ph((__m512)a, 0), past), store_bits(p + 16, _mm512_cvtps_ph((__m512)b, 0), past);
+  store_bits(p, narrowed(a, p), past), store_bits(p + vector<float>::lanes, narrowed(b, p), past);
 }
-#else
-template <>
-constexpr bool has_pairs<half> = false;
-#endif
 
 // The last n elements of a block, in a copy that -inf fills up to a step of four registers.
 template <class T, class A>
@@ -236,12 +222,11 @@ static Row<acc_t<T>> row_stats(const Softmax& a, const T* row, const T* grad, in
       if (weighs_all(a)) weigh(a, b, s, j, n, shift, before, x, r);
       add(std::false_type{}, z, body, rest);
     };
-    if constexpr (has_pairs<T>)
-      if (x.raw) {
-        const T* rest = n > body ? raw_rest(row + j + body, n - body, x.z) : nullptr;
-        if (r.m > -inf) add(std::true_type{}, row + j, body, rest);
-        if (!(r.m > -inf) || sums.top > shift + slack) add_below_top(row + j, body, rest);
-      }
+    if (x.raw) {
+      const T* rest = n > body ? raw_rest(row + j + body, n - body, x.z) : nullptr;
+      if (r.m > -inf) add(std::true_type{}, row + j, body, rest);
+      if (!(r.m > -inf) || sums.top > shift + slack) add_below_top(row + j, body, rest);
+    }
     if (!x.raw) body = read_z(a, row, j, n, x.z), add_below_top(x.z, body, (const A*)nullptr);
     if (ENTROPY) r.E = (factor > 0 ? (r.E + r.d * (shift - before)) * factor : 0) + sums.E;  // 0 * inf is NaN
     r.d = r.d * factor + sums.d;
@@ -270,14 +255,13 @@ static void row_grad(const Softmax& a, T* grad, const T* row, int64_t b, int64_t
     int64_t n = min(a.V - j, BLOCK);
     T* out = grad + j * a.grad.column;
     A factor = x.kept && a.V > BLOCK ? exp_of<A>(x.shifts[j / BLOCK] - k.m) : 1;
-    if constexpr (has_pairs<T>)
-      if (x.raw) {
-        if (x.kept)
-          narrow_pairs(out, x.kept + j, n, k.P * factor, past);
-        else
-          k.Q == 0 ? grad_pairs<false>(out, row + j, n, k, past) : grad_pairs<true>(out, row + j, n, k, past);
-        continue;
-      }
+    if (x.raw) {
+      if (x.kept)
+        narrow_pairs(out, x.kept + j, n, k.P * factor, past);
+      else
+        k.Q == 0 ? grad_pairs<false>(out, row + j, n, k, past) : grad_pairs<true>(out, row + j, n, k, past);
+      continue;
+    }
     if (simple && x.kept) {
       narrow_row(out, a.grad.column, x.kept + j, n, k.P * factor);
       continue;
@@ -308,7 +292,7 @@ static double all_rows(const Softmax& a, int64_t first, int64_t last, char* memo
   RowScratch<A>& x = *(RowScratch<A>*)memory;
   x.kept = nullptr;
   if (a.grad.data && !a.coefficients && a.V <= KEPT) x.shifts = (A*)(memory + sizeof x), x.kept = x.shifts + KEPT / BLOCK;
-  x.raw = has_pairs<T> && a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 && !weighs_all(a);
+  x.raw = a.logits.column == 1 && (!a.grad.data || a.grad.column == 1) && a.softcap <= 0 && a.scale == 1 && !weighs_all(a);
   const bool around = a.stream && !a.fresh && x.raw && (x.kept || a.coefficients);
   double sum = 0;
   for (int64_t i = first; i < last; i++) {

@@ -24,7 +24,7 @@ namespace minkernels::plain {
   {minkernels::plain::__VA_ARGS__, minkernels::avx2::__VA_ARGS__, minkernels::avx512::__VA_ARGS__, minkernels::avx512::__VA_ARGS__}
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #define LEVEL_BYTES 32
 namespace minkernels::avx2 {
 #include "vec.h"
@@ -35,7 +35,7 @@ namespace minkernels::avx2 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LEVEL_BYTES 64
 #define LEVEL_VECS 4  // 6 rows x 4 registers, in 32 registers
 namespace minkernels::avx512 {
@@ -45,7 +45,7 @@ namespace minkernels::avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #undef LEVEL_BF16_DOT
 #define LEVEL_BF16_DOT 1
 namespace minkernels::avx512_bf16 {

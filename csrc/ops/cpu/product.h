@@ -38,11 +38,6 @@ INLINE f64 madd(f64 acc, f64 a, f64 b) { return acc + a * b; }
 INLINE f32 madd(f32 acc, u32 a, u32 b) { return (f32)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b); }
 #endif
 
-template <class X, class Y>
-constexpr bool same = false;
-template <class X>
-constexpr bool same<X, X> = true;
-
 enum class Start { zero, add, scale };  // c = a b, c += a b, c = factor[row] c + a b
 
 template <int R, int V, Start start, bool transposed, class W, class A>
@@ -119,7 +114,7 @@ static void product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64
 template <Rows kind = Rows::padded, class W, class A>
 static void exact_product(int64_t rows, int64_t cols, int64_t steps, const W* a, int64_t a_row, const W* b, int64_t b_step, int64_t b_panel,
                           A* c, int64_t c_row) {
-  int64_t part = !same<W, A> ? steps : rows == 1 ? 16 : 32;
+  int64_t part = !std::is_same_v<W, A> ? steps : rows == 1 ? 16 : 32;
   product<Start::zero, kind>(rows, cols, steps < part ? steps : part, a, a_row, b, b_step, b_panel, c, c_row);
   for (int64_t s = part; s < steps; s += part)
     product<Start::add, kind>(rows, cols, steps - s < part ? steps - s : part, a + s, a_row, b + s * b_step, b_step, b_panel, c, c_row);

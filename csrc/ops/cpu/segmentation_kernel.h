@@ -122,15 +122,12 @@ INLINE void bce(const Sigmoid<A>& s, vec<A> t, vec<A> pos_weight, vec<A>& linear
 
 // Reading and writing blocks.
 
-INLINE void read_run(float* to, const half* from, int64_t stride, int64_t n) { widen_row(to, from, stride, n); }
 template <class T, class A>
 INLINE void read_run(A* to, const T* from, int64_t stride, int64_t n) {
-  if (stride == 1)
-    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[i]));
-  else if (stride == 0)
-    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[0]));
+  if (stride == 0)
+    for (int64_t i = 0; i < n; i++) to[i] = A(widen(*from));
   else
-    for (int64_t i = 0; i < n; i++) to[i] = A(widen(from[i * stride]));
+    widen_row(to, from, stride, n);
 }
 #define READ_INTEGERS(T)                                                  \
   template <class A>                                                      \

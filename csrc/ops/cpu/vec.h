@@ -247,6 +247,8 @@ INLINE f32 load_wide(const bfloat16* p) { return (f32)(__builtin_convertvector(*
 INLINE f32 load_wide(const half* p) {
 #if LEVEL_BYTES == 64
   return (f32)_mm512_cvtph_ps((__m256i) * (const u16*)p);
+#elif LEVEL_BYTES == 32
+  return (f32)_mm256_cvtph_ps((__m128i) * (const u16*)p);
 #else  // as widen()
   u32 x = __builtin_convertvector(*(const u16*)p, u32), u = x & 0x7fff, tiny = (u32)(u < 0x400), special = (u32)(u >= 0x7c00);
   f32 f = (f32)((u << 13) + 0x38000000u + (tiny & 0x800000u) + (special & 0x38000000u)) - (f32)(tiny & 0x38800000u);
@@ -267,43 +269,48 @@ INLINE void narrow(float x, half& y) {
   y.bits = uint16_t((a >= 0x47800000 ? special : a < 0x38800000 ? tiny : normal) | (u >> 16 & 0x8000));
 }
 
+// And back: a register, narrowed to what lies at the pointer.
+INLINE f32 narrowed(f32 x, const float*) { return x; }
+INLINE f64 narrowed(f64 x, const double*) { return x; }
+INLINE u32 rounded_bf16(f32 x) {  // in the upper half
+  u32 u = (u32)x;
+  return x == x ? u + 0x7fff + (u >> 16 & 1) : u | 0x400000;
+}
+INLINE u16 narrowed(f32 x, const bfloat16*) {
+#if LEVEL_BF16_DOT
+  return (u16)_mm512_cvtneps_pbh((__m512)x);
+#else
+  return __builtin_convertvector(rounded_bf16(x) >> 16, u16);
+#endif
+}
+INLINE u16 narrowed(f32 x, const half*) {
+#if LEVEL_BYTES == 64
+  return (u16)_mm512_cvtps_ph((__m512)x, 0);
+#elif LEVEL_BYTES == 32
+  return (u16)_mm256_cvtps_ph((__m256)x, 0);
+#else  // as narrow()
+  u32 u = (u32)x, a = u & 0x7fffffff, tiny = (u32)((f32)a + 0.5f) - 0x3f000000, normal = (a + 0xfff + (a >> 13 & 1) - (112u << 23)) >> 13;
+  u32 special = a > 0x7f800000 ? u32{} + 0x7e00u : u32{} + 0x7c00u;
+  return __builtin_convertvector((a >= 0x47800000 ? special : a < 0x38800000 ? tiny : normal) | (u >> 16 & 0x8000), u16);
+#endif
+}
+
 template <class T, class A>
 INLINE void widen_row(A* to, const T* from, int64_t stride, int64_t n) {
-  if (stride == 1)
-    for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
-  else
-    for (int64_t i = 0; i < n; i++) to[i] = widen(from[i * stride]);
-}
-INLINE void widen_row(float* to, const half* from, int64_t stride, int64_t n) {
-  constexpr int L = vector<float>::lanes;
+  constexpr int L = vector<A>::lanes;
   int64_t i = 0;
-  if (stride == 1)
-    for (; i + L <= n; i += L) store(to + i, load_wide(from + i));
+  if constexpr (std::is_same_v<acc_t<T>, A>)
+    for (; stride == 1 && i + L <= n; i += L) store(to + i, load_wide(from + i));
   for (; i < n; i++) to[i] = widen(from[i * stride]);
 }
 template <class T, class A>
 INLINE void narrow_row(T* to, int64_t stride, const A* from, int64_t n, A factor) {
-  if (stride == 1)
-    for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i]);
-  else
-    for (int64_t i = 0; i < n; i++) narrow(from[i] * factor, to[i * stride]);
-}
-#if LEVEL_BYTES == 64
-INLINE void narrow_row(half* to, int64_t stride, const float* from, int64_t n, float factor) {
+  constexpr int L = vector<A>::lanes;
   int64_t i = 0;
-  if (stride == 1)
-    for (; i + 16 <= n; i += 16) *(u16*)(to + i) = (u16)_mm512_cvtps_ph((__m512)(load(from + i) * factor), 0);
-  for (; i < n; i++) narrow(from[i] * factor, to[i * stride]);
-}
-#endif
-#if LEVEL_BF16_DOT
-INLINE void narrow_row(bfloat16* to, int64_t stride, const float* from, int64_t n, float factor) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + 32 <= n; i += 32) {
-      f32 lo = load(from + i) * factor, hi = load(from + i + 16) * factor;
-      store((uint32_t*)(to + i), (u32)_mm512_cvtne2ps_pbh((__m512)hi, (__m512)lo));
+  if constexpr (std::is_same_v<acc_t<T>, A>)
+    for (; stride == 1 && i + L <= n; i += L) {
+      auto x = narrowed(load(from + i) * factor, to);
+      __builtin_memcpy(to + i, &x, sizeof x);
     }
   for (; i < n; i++) narrow(from[i] * factor, to[i * stride]);
 }
-#endif

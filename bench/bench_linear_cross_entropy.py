@@ -55,6 +55,7 @@ CASES = {
         Case(2048, 512, 32000, torch.bfloat16),
         Case(2048, 512, 32000, torch.bfloat16, 0.5),
         Case(1024, 512, 32000, torch.float32),
+        Case(128, 256, 8000, torch.float16),  # small, since PyTorch's products of it may be a hundred times as slow
     ],
     "cuda": [
         Case(8192, 4096, 128256, torch.bfloat16),

@@ -86,10 +86,36 @@ def test_reference(shape, reduction, name):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpu(shape, reduction, name, dtype, library):
+def test_cpu(shape, reduction, name, dtype, library, monkeypatch):
+    """In 16 bits with both kinds of products, that of this CPU's instructions and that without any."""
     from minkernels.linear_cross_entropy import _cpu
 
-    check(_cpu, shape, dtype, OPTIONS[name], reduction, str(dtype))
+    for product in {dtype, torch.promote_types(dtype, torch.float32)}:
+        monkeypatch.setattr(_cpu, "multiplied", lambda _, product=product: product)
+        check(_cpu, shape, dtype, OPTIONS[name], reduction, f"{dtype} multiplied in {product}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+def test_no_product_in_16_bits_without_instructions_for_it(dtype, library, monkeypatch):
+    """PyTorch would take minutes for what float32 does in a second."""
+    from minkernels.linear_cross_entropy import _cpu
+
+    class Products(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+                seen.append(args[-1].dtype)
+            return op(*args, **(kwargs or {}))
+
+    (input, weight, bias), target = make(24, 8, 31, (), dtype=dtype, ignored=False)
+    monkeypatch.setattr(_cpu, "multiplied", _cpu.multiplied.__wrapped__)  # without what it knows already
+    for product, budget in ((dtype, 0), (torch.float32, 0), (torch.float32, 5 * 31 * 2)):  # one chunk, and several
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda native=product == dtype: native)
+        for known in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, known, lambda: True)
+        seen = []
+        with Products():
+            _cpu.fwd(input, weight, target, bias, None, *Options(), "mean", False, budget, True, True, True)
+        assert {*seen} == {product}
 
 
 def test_products_of_bfloat16_are_summed_in_float32(library):
@@ -103,9 +129,10 @@ def test_products_of_bfloat16_are_summed_in_float32(library):
     torch.testing.assert_close(dweight.float(), expected, rtol=0, atol=0)
 
 
-def test_bfloat16_sums_round_as_float32_does(library):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bfloat16_sums_round_as_float32_does(dtype, library):
     """The sum kept in two halves is that of float32, bit for bit, infinities and NaN too."""
-    parts = torch.randn(5, 40000).bfloat16() * torch.logspace(-3, 3, 5)[:, None].bfloat16()
+    parts = torch.randn(5, 40000, dtype=dtype) * torch.logspace(-3, 3, 5, dtype=dtype)[:, None]
     parts[1, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     parts[2, 1] = -math.inf
     hi, lo = torch.empty(2, 40000, dtype=torch.bfloat16)

@@ -6,11 +6,18 @@ import torch
 from minkernels.cross_entropy._options import Options, accumulator, divisor, is_labels, new_stats, probs_grad, weighted
 
 
+def logits(input, weight, bias, out):
+    if bias is None:
+        torch.mm(input, weight.T, out=out)
+    else:
+        torch.addmm(bias, input, weight.T, out=out)
+
+
 class Chunks:
     """The logits of input (N, H) and linear_weight (V, H) or (V, D, H), chunks of one size, each over the memory of the last."""
 
     def __init__(self, kernels, input, linear_weight, linear_bias, memory_budget):
-        self.input, self.classes = input, linear_weight.shape[:-1]
+        self.kernels, self.input, self.classes = kernels, input, linear_weight.shape[:-1]
         self.weight = linear_weight.flatten(0, -2)
         self.bias = None if linear_bias is None else linear_bias.reshape(-1)
         row_bytes = len(self.weight) * input.element_size()
@@ -23,10 +30,7 @@ class Chunks:
         for start in range(0, len(self.input), max(1, self.rows)):
             rows = slice(start, min(start + self.rows, len(self.input)))
             logits = buffer[: rows.stop - start]
-            if self.bias is None:
-                torch.mm(self.input[rows], self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias, self.input[rows], self.weight.T, out=logits)
+            self.kernels.logits(self.input[rows], self.weight, self.bias, out=logits)
             yield rows, logits.view(-1, *self.classes)
 
 
@@ -43,7 +47,7 @@ class Gradients:
     def add(self, rows, grad):
         grad = grad.flatten(1)
         if self.dinput is not None:
-            torch.mm(grad, self.chunks.weight, out=self.dinput[rows])
+            self.chunks.kernels.dinput(grad, self.chunks.weight, out=self.dinput[rows])
         if self.sum is not None:
             self.sum.add(grad, self.chunks.input[rows])
         if self.dbias is not None:

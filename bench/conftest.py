@@ -34,6 +34,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("minkernels bench")
     group.addoption("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--tiny", action="store_true", help="the smallest cases, to try the suite itself")
+    group.addoption("--no-peaks", action="store_true", help="do not measure the machine's matrix products and copies first")
     which = "which peers under torch.compile to run; all: also those that take minutes to compile"
     group.addoption("--compile", choices=["none", "some", "all"], default="some", help=which)
 
@@ -71,7 +72,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def _machine(config):
     if MACHINE not in config.stash:
-        config.stash[MACHINE] = machine.describe(config.getoption("device"), with_peaks=not config.getoption("tiny"))
+        with_peaks = not (config.getoption("tiny") or config.getoption("no_peaks"))
+        config.stash[MACHINE] = machine.describe(config.getoption("device"), with_peaks=with_peaks)
     return config.stash[MACHINE]
 
 
@@ -161,7 +163,7 @@ def _in_a_process(rows, config, env):
         path = Path(folder, "rows.json")
         passed = ["benchmark_min_rounds", "benchmark_max_time", "device", "compile"]
         options = [f"--{name.replace('_', '-')}={config.getoption(name)}" for name in passed]
-        options += ["--tiny"] * config.getoption("tiny")
+        options += ["--no-peaks"] + ["--tiny"] * config.getoption("tiny")
         command = [sys.executable, "-m", "pytest", *(row.nodeid for row in rows), f"--benchmark-json={path}", *options]
         child = subprocess.run(command, cwd=config.rootpath, env={**os.environ, **env}, capture_output=True, text=True)
         found = {row["name"]: row for row in json.loads(path.read_text())["benchmarks"]} if path.exists() else {}

@@ -38,12 +38,16 @@ def describe(device: str, *, with_peaks: bool = True) -> dict:
 
 def peaks(device: str) -> dict[str, float]:
     """Best of a few runs on random data: GFLOP/s of a matrix product by dtype, GB/s of a copy (read plus written)."""
-    side, copy_bytes = (8192, 1 << 30) if device == "cuda" else (2048, 256 << 20)
+    sides, copy_bytes = ([8192], 1 << 30) if device == "cuda" else ([256, 512, 1024, 2048], 256 << 20)
     time_rounds = timing.cuda_rounds if device == "cuda" else timing.cpu_rounds
     rates = {}
     for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.randn(2, side, side, device=device).to(dtype)
-        rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / min(time_rounds([partial(torch.matmul, a, b)], 8)[0]) / 1e9
+        for side in sides:
+            a, b = torch.randn(2, side, side, device=device).to(dtype)
+            seconds = min(time_rounds([partial(torch.matmul, a, b)], 8)[0])
+            rates[str(dtype).removeprefix("torch.")] = 2 * side**3 / seconds / 1e9
+            if seconds > 0.1:  # where a CPU has no instructions for a dtype, larger products take minutes
+                break
     source = torch.randint(0, 256, (copy_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     rates["copy"] = 2 * copy_bytes / min(time_rounds([partial(target.copy_, source)], 8)[0]) / 1e9

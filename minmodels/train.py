@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+import minkernels
 from minmodels import Interrupted, UserError, files
 from minmodels.device import pick_device
 from minmodels.kernels import using
@@ -181,6 +182,8 @@ class Run:
     def __str__(self):
         size = sum(p.numel() for p in self.model.parameters())
         how = f"{self.options.dtype} on {self.device}, {self.options.kernels} kernels"
+        if self.options.dtype == "bfloat16" and self.device.type == "cpu" and minkernels.info().cpu_level in ("plain", "avx2"):
+            how += " (this CPU has no instructions for it: --dtype float32 is several times as fast)"
         return f"{self.name}, {size / 1e6:.2f} M parameters, {how}, learns {self.recipe.data}"
 
     def progress(self) -> float:

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("matplotlib")  # the extra "models": a machine that has torch alone can run the other tests
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
+import minkernels
 from minmodels import files, train
 from minmodels.__main__ import main
 from minmodels.data import text as textdata
@@ -293,6 +294,15 @@ def test_too_little_memory_for_a_step(book, tmp_path, monkeypatch, capsys, error
     monkeypatch.setattr(train.Run, "train_step", full)
     assert tiny(book, tmp_path / "run") == 2
     assert re.fullmatch(r"error: not enough memory, ask for smaller sizes or batches\. (CUDA out of.* 8 GiB)?\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", GPTOptions.__dataclass_fields__["dtype"].metadata["choices"])
+def test_a_dtype_that_the_cpu_emulates(book, tmp_path, monkeypatch, capsys, library, dtype, level):
+    monkeypatch.setenv("MINKERNELS_CPU_LEVEL", level)
+    assert tiny(book, tmp_path / "run", "--steps", 1, "--device", "cpu", "--dtype", dtype) == 0
+    slow = dtype == "bfloat16" and minkernels.info().cpu_level in ("plain", "avx2")
+    assert ("--dtype float32 is several times as fast" in capsys.readouterr().out) == slow
 
 
 def test_an_environment_variable_that_says_nothing(book, tmp_path, monkeypatch, capsys, library):

@@ -18,11 +18,12 @@ INSTALL := $(PY) -m pip install --quiet
 STAMP := build/installed-$(subst /,_,$(PY))
 unexport PYTHONDONTWRITEBYTECODE  # packages arrive uncompiled: every process would compile them again, torch alone for two seconds
 
-.PHONY: help run test aot bench lint build clean
+.PHONY: help run test aot portable bench lint build clean
 help:
 	@echo "make run     the showcase: each model trained for a little, a speed table, all on one page (TEXT=FILE: on your text)"
 	@echo "make test    every test"
 	@echo "make aot     the GPU kernels compiled for every target and head dim, not only those of make test: no spills, no TF32"
+	@echo "make portable  the C++ library compiled by clang for Linux on x86-64 and aarch64, and for macOS"
 	@echo "make bench   the benchmarks, and their report in bench/results/local"
 	@echo "make lint    ruff, and clang-format for csrc"
 	@echo "make build   the environment and the C++ library alone"
@@ -39,6 +40,10 @@ test: build
 
 aot: build
 	AOT=all $(PYTEST) tests/test_aot.py
+
+portable: build
+	$(INSTALL) "ziglang>=0.17"
+	$(PYTEST) tests/test_portable.py
 
 bench: build
 	$(PY) -m pytest bench --benchmark-json=bench/results/local.json; status=$$?; \

@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library loads under every torch since
-FLAGS = "-O3 -std=gnu++17 -fPIC -fvisibility=hidden -Wall -Wextra"
-FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized"  # gcc 12 warns of its own intrinsics
-GCC = 12  # the oldest that has __builtin_shufflevector
+FLAGS = "-O3 -std=gnu++17 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra"
+FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"  # gcc 12 warns of its own intrinsics
+GCC, CLANG = 12, 18  # the oldest that have all of the vectors' built-in functions
 EXACT = {"nms", "soft_nms", "yolo"}  # sources whose decisions have the same bits everywhere: no product is contracted with a sum
 SLOWEST = {"attention", "attention_16bit", "boxes", "cross_entropy", "segmentation"}  # to compile: begun first, none is left alone
 ARCHES = 80, 90, 100, 120  # of the CUDA kernels, those that the nvcc here knows; the newest as PTX too, for what comes after it
@@ -98,7 +98,8 @@ def link_flags(nvcc: str | None) -> str:
     from torch.utils import cpp_extension
 
     libraries = " ".join(f"-L{_quote(path)}" for path in cpp_extension.library_paths())
-    flags = f"-shared {libraries} -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10"
+    every = "" if sys.platform == "darwin" else "-Wl,--no-as-needed"
+    flags = f"-shared {libraries} {every} -ltorch -ltorch_cpu -lc10"
     if nvcc is None:
         return flags
     dry = subprocess.run([nvcc, "-dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
@@ -177,16 +178,19 @@ def _compiler() -> str:
             return " ".join(map(_quote, command))
     if asked:
         raise RuntimeError(f"CXX names no program that runs: {asked[0]}")
-    raise RuntimeError("no C++ compiler: install g++ 12 or newer (Debian, Ubuntu: apt install g++), or name one in CXX")
+    raise RuntimeError(f"no C++ compiler: install g++ {GCC} or newer (Debian, Ubuntu: apt install g++), or name one in CXX")
 
 
 def _check_compiler(command: list[str]):
-    """The kernels are in GCC's vectors, shuffles and targets by pragma. What does not say what it is, the build itself may judge."""
+    """The kernels are in the vectors and shuffles of these two. What does not say what it is, the build itself may judge."""
     known = subprocess.run([*command, "-dM", "-E", "-x", "c++", os.devnull], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    version = re.search(r"^#define __GNUC__ (\d+)", known.stdout, re.MULTILINE)
-    found = "clang" if "#define __clang__ " in known.stdout else f"g++ {version[1]}" if version and int(version[1]) < GCC else ""
-    if found:
-        raise RuntimeError(f"{' '.join(command)} is {found}, and the C++ library needs g++ {GCC} or newer: name one in CXX")
+    macros = dict(re.findall(r"^#define (__GNUC__|__clang_major__) (\d+)", known.stdout, re.MULTILINE))
+    for macro, name, oldest in ("__clang_major__", "clang", CLANG), ("__GNUC__", "g++", GCC):  # clang has both
+        if macro in macros:
+            if int(macros[macro]) >= oldest:
+                return
+            found = f"{' '.join(command)} is {name} {macros[macro]}"
+            raise RuntimeError(f"{found}, and the C++ library needs g++ {GCC} or clang {CLANG}, or newer: name one in CXX")
 
 
 def _own_flags() -> str:

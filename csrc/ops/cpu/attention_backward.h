@@ -40,7 +40,7 @@ static void backward_plan(Attention& a) {
   a.dq32 = (int64_t)p.take<A>(queries * z.dp), a.delta = (int64_t)p.take<A>(queries);
   a.turn = (int64_t)p.take<int64_t>(a.all_turns);
   a.work_bytes = (int64_t)p.next;
-  int64_t natural = max(KEYS, BWD_QUERIES) * max(z.dw, z.dvw) * sizeof(W), task = Backward<T>(z, nullptr).end - (char*)nullptr;
+  int64_t natural = max(KEYS, BWD_QUERIES) * max(z.dw, z.dvw) * sizeof(W), task = int64_t(Backward<T>(z, nullptr).end);
   a.scratch_bytes = max(natural, task);
 }
 

@@ -58,7 +58,7 @@ static void forward_plan(Attention& a) {
   }
   if (a.splits > 1) a.partial = (int64_t)p.take<acc_t<T>>(a.blocks * heads * a.splits * Partial<T>::size(z));
   a.work_bytes = (int64_t)p.next;
-  int64_t natural = KEYS * max(z.dw, z.dvw) * sizeof(W), task = Forward<T>(z, nullptr).end - (char*)nullptr;
+  int64_t natural = KEYS * max(z.dw, z.dvw) * sizeof(W), task = int64_t(Forward<T>(z, nullptr).end);
   a.scratch_bytes = max(natural, task);
 }
 
@@ -74,9 +74,7 @@ static void forward_pack(const Attention& a, const Item& chunk, char* scratch) {
 
 constexpr float HUGE_SCORE = 0x1p24f;
 template <class A>
-constexpr A lowest = -__FLT_MAX__;
-template <>
-constexpr double lowest<double> = -__DBL_MAX__;
+constexpr A lowest = std::is_same_v<A, double> ? A(-__DBL_MAX__) : A(-__FLT_MAX__);
 
 // A tile of scores becomes probabilities, in place and as words, relative to the running maxima m (in log2 units): n[i] columns of row i,
 // filled up with zeros to whole registers, of which those from lo[i] to hi[i] count. f.factor tells by what each row's earlier sums shrink.
@@ -96,7 +94,7 @@ INLINE void softmax_rows(const Forward<T>& f, int64_t rows, const int32_t* n, ac
     const auto cut = [&](int64_t last) {  // in registers: a load of what narrower stores have just written would wait for them
       for (; j < last; j += L) {
         const vec<lane_t<A>> column = lanes + lane_t<A>(j);
-        const vec<A> x = (column >= lane_t<A>(lo[i])) & (column < lane_t<A>(hi[i])) ? load(s + j) : splat(-inf);
+        const vec<A> x = ((column >= lane_t<A>(lo[i])) & (column < lane_t<A>(hi[i]))) ? load(s + j) : splat(-inf);
         store(s + j, x), top = max(x, top);
       }
     };

@@ -107,7 +107,7 @@ static void short_queries(const Attention& a, const Short<A>& w, const Sequence&
 
 template <class T>
 static void short_plan(Attention& a) {
-  a.work_bytes = 0, a.scratch_bytes = Short<acc_t<T>>(a, nullptr).end - (char*)nullptr;
+  a.work_bytes = 0, a.scratch_bytes = int64_t(Short<acc_t<T>>(a, nullptr).end);
 }
 
 template <class T>

@@ -143,7 +143,8 @@ template <class T>
 static void stream_values(const Attention& a, const Sequence& s, int64_t kv_head, int64_t j0, int64_t keys, const word_t<T>* p,
                           int64_t rows, acc_t<T>* o, int64_t o_row, const acc_t<T>* factor) {
   StreamedRows<T> values(a.v, s, kv_head, j0);
-  for (int64_t r = 0; r < rows;) {
+  int64_t r = 0;
+  while (r < rows) {
     const auto run = [&](auto tile, int64_t n, int64_t columns) {
       for (int64_t d = 0; d < a.Dv; d += columns)
         tile(values, keys, d, a.Dv, p + r * STEP<T>, o + r * o_row, o_row, factor ? factor + r : nullptr);

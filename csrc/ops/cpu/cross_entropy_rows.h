@@ -36,13 +36,13 @@ template <class A>
 struct Pair {
   vec<A> a, b;
 };
-template <class A>
-INLINE Pair<A> load_pair(const A* p) {
-  return {load(p), load(p + vector<A>::lanes)};
+template <class T, class A = acc_t<T>>
+INLINE Pair<A> load_pair(const T* p) {
+  return {load_wide(p), load_wide(p + vector<A>::lanes)};
 }
-template <class A>
-INLINE void store_pair(A* p, vec<A> a, vec<A> b, bool past = false) {
-  store_bits(p, a, past), store_bits(p + vector<A>::lanes, b, past);
+template <class T, class A = acc_t<T>>
+INLINE void store_pair(T* p, vec<A> a, vec<A> b, bool past = false) {
+  store_bits(p, narrowed(a, p), past), store_bits(p + vector<A>::lanes, narrowed(b, p), past);
 }
 INLINE Pair<float> load_pair(const bfloat16* p) {
   u32 x = load((const uint32_t*)p);
@@ -57,10 +57,6 @@ INLINE void store_pair(bfloat16* p, f32 a, f32 b, bool past = false) {
 #else
   store_bits(p, rounded_bf16(a) >> 16 | (rounded_bf16(b) & 0xffff0000u), past);
 #endif
-}
-INLINE Pair<float> load_pair(const half* p) { return {load_wide(p), load_wide(p + vector<float>::lanes)}; }
-INLINE void store_pair(half* p, f32 a, f32 b, bool past = false) {
-  store_bits(p, narrowed(a, p), past), store_bits(p + vector<float>::lanes, narrowed(b, p), past);
 }
 
 // The last n elements of a block, in a copy that -inf fills up to a step of four registers.

@@ -10,7 +10,11 @@
 #define LEVEL_BF16_DOT 0
 
 #define LEVEL_BYTES 16  // a vector register
-#define LEVEL_VECS 2    // of a tile of the product: 6 rows x 2 registers, in 16 registers
+#if defined(__aarch64__)
+#define LEVEL_VECS 4  // of a tile of the product: 6 rows x 4 registers, in 32 registers
+#else
+#define LEVEL_VECS 2  // 6 rows x 2 registers, in 16 registers
+#endif
 namespace minkernels::plain {
 #include "vec.h"
 #include KERNEL
@@ -23,8 +27,7 @@ namespace minkernels::plain {
 #define WIDE_LEVELS(...) \
   {minkernels::plain::__VA_ARGS__, minkernels::avx2::__VA_ARGS__, minkernels::avx512::__VA_ARGS__, minkernels::avx512::__VA_ARGS__}
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+BEGIN_LEVEL("avx2,fma,f16c")
 #define LEVEL_BYTES 32
 namespace minkernels::avx2 {
 #include "vec.h"
@@ -32,20 +35,18 @@ namespace minkernels::avx2 {
 }  // namespace minkernels::avx2
 #undef LEVEL_BYTES
 #undef LEVEL_VECS
-#pragma GCC pop_options
+END_LEVEL
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
 #define LEVEL_BYTES 64
 #define LEVEL_VECS 4  // 6 rows x 4 registers, in 32 registers
 namespace minkernels::avx512 {
 #include "vec.h"
 #include KERNEL
 }  // namespace minkernels::avx512
-#pragma GCC pop_options
+END_LEVEL
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+BEGIN_LEVEL("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
 #undef LEVEL_BF16_DOT
 #define LEVEL_BF16_DOT 1
 namespace minkernels::avx512_bf16 {
@@ -53,7 +54,7 @@ namespace minkernels::avx512_bf16 {
 #include KERNEL
 }  // namespace minkernels::avx512_bf16
 #undef LEVEL_BYTES
-#pragma GCC pop_options
+END_LEVEL
 
 #else
 #define LEVELS(...) {minkernels::plain::__VA_ARGS__}

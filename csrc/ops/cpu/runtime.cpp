@@ -68,7 +68,7 @@ Reduction take_reduction(StringHandle name) {
 
 constexpr size_t huge_page = 2 << 20, worth_it = 4 << 20;
 
-void advise_huge_pages(void* p, size_t bytes) {
+void advise_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   if (bytes < worth_it) return;
   uintptr_t begin = (uintptr_t(p) + huge_page - 1) / huge_page * huge_page, end = (uintptr_t(p) + bytes) / huge_page * huge_page;
@@ -77,13 +77,13 @@ void advise_huge_pages(void* p, size_t bytes) {
 }
 
 // Leaves the pages where they are until the system is short of memory: then it takes those that have not been written since.
-static void lend(void* p, size_t bytes) {
+static void lend([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   madvise(p, bytes / huge_page * huge_page, MADV_FREE);
 #endif
 }
 
-bool resident(const void* p, size_t bytes) {
+bool resident([[maybe_unused]] const void* p, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   constexpr int places = 8;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));

@@ -100,13 +100,13 @@ static void matrix(const SoftBoxes<A>& b, int64_t n, A* scores, A* c, const Deca
       Overlap<A> o = overlap(b, i, box);
       if (!o.bits) continue;
       vec<A> x = iou(o, b, i, box), above = load(c + i);
-      x = (min(o.w, o.h) > 0) & (lane_numbers<A>() < lane_t<A>(min(j - i, L))) ? x : vec<A>{};
+      x = ((min(o.w, o.h) > 0) & (lane_numbers<A>() < lane_t<A>(min(j - i, L)))) ? x : vec<A>{};
       most = max(x, most);
       if (d.gaussian) {
         m = max(x * x - above, m);
       } else {
         vec<A> ratio = (1 - x) / above;
-        m = (above > 0) & (ratio < m) ? ratio : m;
+        m = ((above > 0) & (ratio < m)) ? ratio : m;
       }
     }
     A largest = fold_max<A>(most);

@@ -249,6 +249,8 @@ INLINE f32 load_wide(const half* p) {
   return (f32)_mm512_cvtph_ps((__m256i) * (const u16*)p);
 #elif LEVEL_BYTES == 32
   return (f32)_mm256_cvtph_ps((__m128i) * (const u16*)p);
+#elif defined(__aarch64__)
+  return (f32)vcvt_f32_f16((float16x4_t) * (const u16*)p);
 #else  // as widen()
   u32 x = __builtin_convertvector(*(const u16*)p, u32), u = x & 0x7fff, tiny = (u32)(u < 0x400), special = (u32)(u >= 0x7c00);
   f32 f = (f32)((u << 13) + 0x38000000u + (tiny & 0x800000u) + (special & 0x38000000u)) - (f32)(tiny & 0x38800000u);
@@ -288,6 +290,8 @@ INLINE u16 narrowed(f32 x, const half*) {
   return (u16)_mm512_cvtps_ph((__m512)x, 0);
 #elif LEVEL_BYTES == 32
   return (u16)_mm256_cvtps_ph((__m256)x, 0);
+#elif defined(__aarch64__)
+  return (u16)vcvt_f16_f32((float32x4_t)x);
 #else  // as narrow()
   u32 u = (u32)x, a = u & 0x7fffffff, tiny = (u32)((f32)a + 0.5f) - 0x3f000000, normal = (a + 0xfff + (a >> 13 & 1) - (112u << 23)) >> 13;
   u32 special = a > 0x7f800000 ? u32{} + 0x7e00u : u32{} + 0x7c00u;

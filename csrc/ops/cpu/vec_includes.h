@@ -5,6 +5,18 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// Around a namespace that is compiled for the features in a string.
+#define PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define BEGIN_LEVEL(features) PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define END_LEVEL PRAGMA(clang attribute pop)
+#else
+#define BEGIN_LEVEL(features) PRAGMA(GCC push_options) PRAGMA(GCC target(features))
+#define END_LEVEL PRAGMA(GCC pop_options)
 #endif
 
 namespace minkernels {

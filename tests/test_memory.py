@@ -168,3 +168,30 @@ def test_threads():
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(16)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_a_small_stack_is_enough(dtype):
+    """Of a thread that somebody else's program starts: 128 KB, where bce_dice_loss in float64 took over 256."""
+    code = f"""
+import threading, torch, minkernels as mk
+torch.set_num_threads(1)
+make = lambda *shape: torch.rand(shape, dtype=torch.{dtype}).requires_grad_()
+def run():
+    mk.bce_dice_loss(make(2, 3, 40, 40), make(2, 3, 40, 40).detach(), mask=torch.ones(2, 40, 40, dtype=torch.bool)).backward()
+    for n, d in (70, 64), (300, 256):
+        mk.attention(make(1, 2, n, d), make(1, 2, n, d), make(1, 2, n, d), causal=True).sum().backward()
+    mk.attention(make(1, 2, 1, 64), make(1, 2, 300, 64), make(1, 2, 300, 64))
+    for shape in (40, 5000), (2, 21, 50, 50):
+        mk.cross_entropy(make(*shape), torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)).backward()
+    boxes, scores = make(3000, 4).detach().cumsum(1), make(3000).detach()
+    mk.nms(boxes, scores, 0.5), mk.iou_match(boxes, boxes[:50]), mk.complete_box_iou(boxes[:300], boxes)
+    mk.soft_nms(boxes[None], scores[None], max_output=50)
+    mk.yolo_detect(make(2, 14, 3000), head="v8", num_classes=10, score_threshold=0.2, iou_threshold=0.5, max_output=100)
+run()
+threading.stack_size(128 << 10)
+thread = threading.Thread(target=run)
+thread.start(), thread.join()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")

@@ -14,7 +14,8 @@ from pathlib import Path
 TORCH_TARGET = "0x020b000000000000"  # the stable ABI of torch 2.11: the library loads under every torch since
 FLAGS = "-O3 -std=gnu++17 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -Wextra"
 FLAGS += " -Wno-maybe-uninitialized -Wno-uninitialized -Wno-unknown-warning-option"  # gcc 12 warns of its own intrinsics
-GCC, CLANG = 12, 18  # the oldest that have all of the vectors' built-in functions
+GCC = 12  # the oldest that has __builtin_shufflevector
+CLANG = 18 if platform.machine() == "x86_64" else 16  # the oldest that compiles everything: there 17 crashes
 EXACT = {"nms", "soft_nms", "yolo"}  # sources whose decisions have the same bits everywhere: no product is contracted with a sum
 SLOWEST = {"attention", "attention_16bit", "boxes", "cross_entropy", "segmentation"}  # to compile: begun first, none is left alone
 ARCHES = 80, 90, 100, 120  # of the CUDA kernels, those that the nvcc here knows; the newest as PTX too, for what comes after it

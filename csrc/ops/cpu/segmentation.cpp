@@ -193,12 +193,11 @@ static Dice dice(const Tensor& input, const Tensor& target, const std::vector<do
   return a;
 }
 
-template <class F>
-static void run_pieces(const Dice& a, F f) {
+static void run_pieces(const Dice& a, int64_t scratch_bytes, void (*f)(const Dice&, int64_t, char*)) {
   int64_t pieces = a.N * a.pieces_of_an_image(), of_a_piece = std::min(a.walk.elements, TASK) * a.C;
   int64_t group = std::max<int64_t>(TASK / std::max<int64_t>(of_a_piece, 1), 1);
-  run_tasks((pieces + group - 1) / group, 0, [&](int64_t task, char*) {
-    for (int64_t piece = task * group; piece < std::min((task + 1) * group, pieces); piece++) f(piece);
+  run_tasks((pieces + group - 1) / group, size_t(scratch_bytes), [&](int64_t task, char* scratch) {
+    for (int64_t piece = task * group; piece < std::min((task + 1) * group, pieces); piece++) f(a, piece, scratch);
   });
 }
 
@@ -247,7 +246,7 @@ static std::tuple<Tensor, Tensor> bce_dice_fwd(Tensor input, Tensor target, Mayb
   std::vector<char> bad(a.N * a.pieces_of_an_image());
   a.sums = sums.data(), a.bad = bad.data();
   SegmentationKernels kernels = kernels_for(input);
-  run_pieces(a, [&](int64_t piece) { kernels.dice_sums(a, piece); });
+  run_pieces(a, kernels.dice_scratch, kernels.dice_sums);
   if (any(bad)) bad_target(input, target, mask);
   const auto finish = [&](auto zero) {
     using A = decltype(zero);
@@ -264,7 +263,7 @@ static Tensor bce_dice_bwd(Tensor input, Tensor target, Maybe pos_weight, Maybe 
   Dice a = dice(input, target, weights, mask, squared, grad);
   a.factors = (const char*)factors.data_ptr(), a.factors_image = factors.dim() == 3 ? a.C * FACTORS : 0;
   SegmentationKernels kernels = kernels_for(input);
-  run_pieces(a, [&](int64_t piece) { kernels.dice_grad(a, piece); });
+  run_pieces(a, kernels.dice_scratch, kernels.dice_grad);
   return grad;
 }
 

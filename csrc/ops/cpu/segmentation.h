@@ -56,8 +56,9 @@ struct Dice {
 struct SegmentationKernels {
   int64_t (*count)(const Pointwise&, int64_t task);      // elements of it that the mask lets count
   void (*pointwise[4])(const Pointwise&, int64_t task);  // gamma 0, 1, 2, any other
-  void (*dice_sums)(const Dice&, int64_t piece);
-  void (*dice_grad)(const Dice&, int64_t piece);
+  void (*dice_sums)(const Dice&, int64_t piece, char* scratch);
+  void (*dice_grad)(const Dice&, int64_t piece, char* scratch);
+  int64_t dice_scratch;  // bytes
 };
 
 }  // namespace minkernels

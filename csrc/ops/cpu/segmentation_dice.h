@@ -45,9 +45,9 @@ INLINE vec<A> dice_target(const Dice& a, const A* t, int64_t i, vec<A> channel) 
 }
 
 template <class A, bool MASK, bool POS_WEIGHT>
-static void dice_sums_of(const Dice& a, int64_t piece) {
+static void dice_sums_of(const Dice& a, int64_t piece, char* scratch) {
   constexpr int L = vector<A>::lanes;
-  DiceBlock<A> b;
+  DiceBlock<A>& b = *(DiceBlock<A>*)scratch;
   bool bad = false;
   double* sums = a.sums + piece * a.C * DICE_SUMS;
   for (int64_t i = 0; i < a.C * DICE_SUMS; i++) sums[i] = 0;
@@ -81,17 +81,17 @@ static void dice_sums_of(const Dice& a, int64_t piece) {
 }
 
 template <class A>
-static void dice_sums(const Dice& a, int64_t piece) {
+static void dice_sums(const Dice& a, int64_t piece, char* scratch) {
   if (a.mask.data)
-    (a.pos_weight ? dice_sums_of<A, true, true> : dice_sums_of<A, true, false>)(a, piece);
+    (a.pos_weight ? dice_sums_of<A, true, true> : dice_sums_of<A, true, false>)(a, piece, scratch);
   else
-    (a.pos_weight ? dice_sums_of<A, false, true> : dice_sums_of<A, false, false>)(a, piece);
+    (a.pos_weight ? dice_sums_of<A, false, true> : dice_sums_of<A, false, false>)(a, piece, scratch);
 }
 
 template <class A, bool MASK, bool POS_WEIGHT>
-static void dice_grad_of(const Dice& a, int64_t piece) {
+static void dice_grad_of(const Dice& a, int64_t piece, char* scratch) {
   constexpr int L = vector<A>::lanes;
-  DiceBlock<A> b;
+  DiceBlock<A>& b = *(DiceBlock<A>*)scratch;
   each_dice_block<A>(a, piece, b, [&](int64_t image, int64_t c, int64_t first, int64_t n, const A* x, const A* t, const A* mask) {
     const vec<A> channel = splat(A(c)), pos_weight = splat(A(POS_WEIGHT ? a.pos_weight[c] : 1));
     const A* factors = (const A*)a.factors + image * a.factors_image + c * FACTORS;
@@ -113,9 +113,9 @@ static void dice_grad_of(const Dice& a, int64_t piece) {
 }
 
 template <class A>
-static void dice_grad(const Dice& a, int64_t piece) {
+static void dice_grad(const Dice& a, int64_t piece, char* scratch) {
   if (a.mask.data)
-    (a.pos_weight ? dice_grad_of<A, true, true> : dice_grad_of<A, true, false>)(a, piece);
+    (a.pos_weight ? dice_grad_of<A, true, true> : dice_grad_of<A, true, false>)(a, piece, scratch);
   else
-    (a.pos_weight ? dice_grad_of<A, false, true> : dice_grad_of<A, false, false>)(a, piece);
+    (a.pos_weight ? dice_grad_of<A, false, true> : dice_grad_of<A, false, false>)(a, piece, scratch);
 }

@@ -268,7 +268,10 @@ struct LogSum {
 #include "segmentation_dice.h"
 
 template <class A>
-constexpr SegmentationKernels segmentation_kernels{
-    count_task<A>, {pointwise_task<A, 0>, pointwise_task<A, 1>, pointwise_task<A, 2>, pointwise_task<A, 3>}, dice_sums<A>, dice_grad<A>};
+constexpr SegmentationKernels segmentation_kernels{count_task<A>,
+                                                   {pointwise_task<A, 0>, pointwise_task<A, 1>, pointwise_task<A, 2>, pointwise_task<A, 3>},
+                                                   dice_sums<A>,
+                                                   dice_grad<A>,
+                                                   sizeof(DiceBlock<A>)};
 
 }  // namespace

@@ -53,6 +53,39 @@ def test_cpu_scale(scale, name, shape, dtype, levels):
     check_cpu(levels, q, k, v, options(name, q, k, scale))
 
 
+@pytest.mark.parametrize("name", ["full", "mask", "softcap", "dropout", "bias"])
+@pytest.mark.parametrize("M", [100, 130])  # both backwards
+def test_large_scores(name, M, levels):
+    """One key takes all of every row: p is 1 as long as forward and backward round a score of 1e4 alike."""
+    q, k, v = (t * by for t, by in zip(make(1, 2, 2, M, 50, 64, 64, torch.float32), (0.3, 0.3, 1.0), strict=True))
+    q[..., 0], k[..., 0], k[:, :, 7, 0] = 1e4, 0.0, 1.0
+    chosen = {
+        "full": {},
+        "mask": dict(mask=torch.ones(1, 1, 1, 50, dtype=torch.bool)),
+        "softcap": dict(softcap=1e4),
+        "dropout": dict(dropout_p=0.1, seed=torch.tensor(3)),
+        "bias": dict(bias=torch.zeros(1, 1, M, 50)),
+    }[name]
+    x, do = Options(**chosen, scale=1.0), torch.randn(1, 2, M, 64)
+    wide = [t.double() for t in (q, k, v)]
+    exact = reference.bwd(do.double(), None, *wide, *reference.fwd(*wide, *x), *x, False)[2]
+    for level in levels:
+        dv = ops.attention_bwd(do, None, q, k, v, *ops.attention_fwd(q, k, v, *x), *x, False)[2]
+        assert (dv - exact).abs().max() <= 1e-6 * exact.abs().max(), level
+
+
+@pytest.mark.parametrize("heads", [2, 1])
+def test_bias_summed_over_many_queries(heads, levels):
+    """Terms of one sign, which in float32 lose 1e-4 of their sum where one is added after the other."""
+    q, (k, v) = torch.full((2, 2, 5000, 4), 0.3), torch.randn(2, 2, 1, 2, 4)
+    x, do = Options(bias=torch.zeros(1, heads, 1, 2), scale=0.5), torch.full((2, 2, 5000, 4), 0.37)
+    wide = [t.double() for t in (q, k, v)]
+    exact = reference.bwd(do.double(), None, *wide, *reference.fwd(*wide, *x), *x, True)[3]
+    for level in levels:
+        dbias = ops.attention_bwd(do, None, q, k, v, *ops.attention_fwd(q, k, v, *x), *x, True)[3]
+        assert (dbias - exact).abs().max() <= 1e-6 * exact.abs().max(), level
+
+
 LENGTHS = {  # of queries, of keys
     "one": ([70], [70]),
     "self": ([5, 0, 130, 1, 64], [5, 0, 130, 1, 64]),

@@ -81,6 +81,25 @@ def test_fwd_bwd(shape, dtypes, levels):
             judged(roads()["kernel"], tensors, douts)
 
 
+def distant(dtype):
+    """Parts of little share beside others whose lse is 0: what they add to it is lost where it is log(1 + e)."""
+    lse2 = torch.linspace(-20, 0, 40, dtype=dtype)[None, None]
+    return torch.randn(1, 1, 40, 8, dtype=dtype), torch.zeros_like(lse2), torch.randn(1, 1, 40, 8, dtype=dtype), lse2
+
+
+def assert_distant(fwd, dtype):
+    tensors = distant(dtype)
+    exact = tensors[3].double().exp().log1p()
+    assert ((fwd(*tensors)[1].double() - exact).abs() <= 20 * torch.finfo(dtype).eps * exact).all()  # the exponential's own error: 10
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_lse_of_distant_parts(dtype, levels):
+    for _level in levels:
+        for fwd, _ in roads().values():
+            assert_distant(fwd, dtype)
+
+
 triton_road = pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU, or the interpreter in its process")
 
 
@@ -101,6 +120,7 @@ def test_triton(shape, dtypes):
     road = on_device(_triton_merge.fwd), on_device(_triton_merge.bwd)
     for which in ((True, True), (True, False), (False, True)):
         judged(road, tensors, upstream(tensors, which))
+    assert_distant(road[0], F32)
     permuted = [t.transpose(1, 2).contiguous().transpose(1, 2).to(device) for t in tensors]
     for a, e in zip(_triton_merge.fwd(*permuted), road[0](*tensors), strict=True):
         assert torch.equal(a.cpu(), e)

@@ -345,7 +345,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_bwd(Tensor d
   if (bias_grad) {  // where all keys share it, a sum for each query: the kernel's tasks are blocks of keys
     const bool a_query = bias->size(3) == 1;
     const auto size = [&](int64_t dim, int64_t all) { return a_query ? all : bias->size(dim); };
-    sums = torch::stable::new_zeros(*bias, {size(0, a.B), size(1, a.H), size(2, a.M), bias->size(3)}, wide_dtype(q));
+    const bool long_sums = !a_query && bias->size(2) == 1;
+    sums = torch::stable::new_zeros(*bias, {size(0, a.B), size(1, a.H), size(2, a.M), bias->size(3)},
+                                    long_sums ? torch::headeronly::ScalarType::Double : wide_dtype(q));
     a.dbias = broadcast(sums), a.every_b = sums->size(0) == 1 && a.B > 1, a.every_h = sums->size(1) == 1 && a.Hkv > 1;
   }
   for (const Tensor* t : {&dq, &dk, &dv}) advise_huge_pages(t->data_ptr(), t->numel() * t->element_size());

@@ -43,7 +43,7 @@ struct Attention {
   View q, k, v, o;                               // (B, H, M, D), (B, Hkv, N, D), (B, Hkv, N, Dv), (B, H, M, Dv)
   View dout, dq, dk, dv;                         // backward alone
   View bias, mask;                               // (B, H, M, N): any float dtype; bool
-  View dbias;                                    // of bias' shape, in the dtype of the arithmetic; or (B, H, M, 1) where that has one key
+  View dbias;                                    // of bias' shape, (B, H, M, 1) if that has one key; double if queries share it
   char* lse = nullptr;                           // (B, H, M), contiguous; float for 16-bit tensors, else double
   const char *sinks = nullptr, *dlse = nullptr;  // (H,) in the dtype of the arithmetic, (B, H, M) of the dtype of lse; contiguous
   char* dsinks = nullptr;                        // as sinks

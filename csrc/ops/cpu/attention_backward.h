@@ -183,32 +183,35 @@ INLINE void gradients(vec<A>& x, vec<A>& y, const Row<A>& row, int64_t column) {
 // The same for a row with softcap, bias, mask or dropout; and what it adds to dbias.
 template <class T>
 static void general_gradients(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, int64_t n,
-                              const Row<acc_t<T>>& row, acc_t<T>* x, acc_t<T>* y, acc_t<T>& dbias_sum) {
+                              Row<acc_t<T>>& row, acc_t<T>* x, acc_t<T>* y, acc_t<T>& dbias_sum) {
   using A = acc_t<T>;
   constexpr int L = vector<A>::lanes;
-  A bias[KEYS], z[KEYS], dbias[KEYS];
+  A slopes[KEYS], z[KEYS], dbias[KEYS];
   lane_t<A> shown[KEYS];
   bool cap = a.softcap > 0, drop = a.dropout_p > 0;
-  A in = A(cap ? a.scale / a.softcap : a.scale), out = A(cap ? a.softcap * LOG2E : LOG2E);
-  if (a.bias.data) bias_row(a, s, h, i, j0, keys, bias);
+  if (cap || a.bias.data)
+    curve_row(a, s, h, i, j0, keys, row.by, x, cap ? slopes : nullptr), row.by = 1;
+  else
+    round_huge(row, x, n);
   if (a.mask.data) for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { shown[j] = *seen ? -1 : 0; });
   if (drop) drop_row(a, s, h, i, j0, keys, z);
   vec<A> sum = {};
   for (int64_t j = 0; j < n; j += L) {
-    vec<A> score = load(x + j) * in, slope = splat(A(1)), dp = load(y + j);
-    if (cap) score = tanh(score), slope -= score * score;
-    score *= out;
-    if (a.bias.data) score += load(bias + j);
+    vec<A> dp = load(y + j);
     auto seen = seen_columns(row, j);
     if (a.mask.data) seen &= load(shown + j);
-    vec<A> p = where<A>(seen, probability(score - splat(row.lse) - splat(row.lse_rest)));
+    vec<A> p = where<A>(seen, probability(load(x + j) * splat(row.by) - splat(row.lse) - splat(row.lse_rest)));
     vec<A> kept = drop ? load(z + j) : splat(A(1));
     vec<A> ds = where<A>(seen, p * (dp * kept - splat(row.delta)));
     store(dbias + j, ds), sum += ds;
-    store(x + j, where<A>(seen, p * kept)), store(y + j, where<A>(seen, ds * slope));
+    store(x + j, where<A>(seen, p * kept)), store(y + j, cap ? where<A>(seen, ds * load(slopes + j)) : ds);
   }
   dbias_sum = lanes_sum(sum);
-  if (a.dbias.data && a.dbias.d) for_row<A>(a.dbias, s, h, i, j0, keys, [&](int64_t j, A* to) { *to += dbias[j]; });
+  if (!a.dbias.data || !a.dbias.d) return;
+  if (a.dbias.row)
+    for_row<A>(a.dbias, s, h, i, j0, keys, [&](int64_t j, A* to) { *to += dbias[j]; });
+  else
+    for_row<double>(a.dbias, s, h, i, j0, keys, [&](int64_t j, double* to) { *to += double(dbias[j]); });
 }
 
 enum class Mode { whole, edge, done };  // every column is seen; some are; p and ds are there already

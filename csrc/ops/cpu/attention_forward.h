@@ -188,7 +188,7 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
     }
   }
   bool curved = a.softcap > 0 || a.bias.data;  // then the scores are in log2 units before the softmax sees them
-  A before = scale, after = curved ? A(1) : scale;
+  const A after = curved ? A(1) : scale;
   int32_t from[QUERIES], to[QUERIES], lo[QUERIES], hi[QUERIES], n[QUERIES];
   int64_t begin = s.N, end = 0, last_from = 0, first_to = s.N;
   for (int64_t r = 0; r < rows; r += L) store(f.m + r, splat(A(-__builtin_inf()))), store(f.top + r, splat(A(-__builtin_inf())));
@@ -231,8 +231,13 @@ static void forward_block(const Attention& a, const Sizes<T>& z, const Forward<T
         for (int64_t r = 0; r < rows; r += step)
           exact_product(min(step, rows - r), min(n[r] - j, COLS<A>), z.dw, q + r * z.dw, z.dw, kt + (j0 + j) * z.dw, COLS<A>, 0,
                         f.s + r * STEP<T> + j, STEP<T>);
-    if (curved || a.mask.data)
-      for (int64_t r = 0; r < rows; r++) score_row(a, s, block.head(r), block.query(r), j0, n[r], before, f.s + r * STEP<T>);
+    for (int64_t r = 0; r < rows && (curved || a.mask.data); r++) {
+      const int64_t h = block.head(r), i = block.query(r);
+      A* row = f.s + r * STEP<T>;
+      if (curved) curve_row<A>(a, s, h, i, j0, n[r], scale, row, nullptr);
+      const auto hide = [&](int64_t j, const char* seen) { row[j] = *seen ? row[j] : -__builtin_inf(); };
+      if (a.mask.data) for_row<const char>(a.mask, s, h, i, j0, n[r], hide);
+    }
     if (a.dropout_p > 0)
       softmax_rows<T, true>(f, rows, n, after, lo, hi, a.ahead, [&](int64_t r) {
         drop_row(a, s, block.head(r), block.query(r), j0, keys, multipliers);

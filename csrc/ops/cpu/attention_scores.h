@@ -57,13 +57,17 @@ INLINE void bias_row(const Attention& a, const Sequence& s, int64_t h, int64_t i
   }
 }
 
-// A row of products q k as scores in log2 units, by: what they are multiplied by to become so.
+// A row of products q k, softcap and bias: scores in log2 units. by: what the products are multiplied by to become so; slopes: softcap's.
 template <class A>
-static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A by, A* row) {
+static void curve_row(const Attention& a, const Sequence& s, int64_t h, int64_t i, int64_t j0, int64_t keys, A by, A* row, A* slopes) {
   constexpr int L = vector<A>::lanes;
   if (a.softcap > 0) {
     A in = A(by / (LOG2E * a.softcap)), out = A(a.softcap * LOG2E);
-    for (int64_t j = 0; j < keys; j += L) store(row + j, tanh<vec<A>>(load(row + j) * in) * out);
+    for (int64_t j = 0; j < keys; j += L) {
+      const vec<A> capped = tanh<vec<A>>(load(row + j) * in);
+      store(row + j, capped * out);
+      if (slopes) store(slopes + j, 1 - capped * capped);
+    }
     by = 1;
   }
   if (a.bias.data) {
@@ -71,8 +75,6 @@ static void score_row(const Attention& a, const Sequence& s, int64_t h, int64_t 
     bias_row(a, s, h, i, j0, keys, bias);
     for (int64_t j = 0; j < keys; j += L) store(row + j, load(row + j) * by + load(bias + j));
   }
-  if (a.mask.data)
-    for_row<const char>(a.mask, s, h, i, j0, keys, [&](int64_t j, const char* seen) { row[j] = *seen ? row[j] : -__builtin_inf(); });
 }
 
 // Whether the mask shows any of these keys to any row of the block.

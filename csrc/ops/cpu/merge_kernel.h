@@ -18,7 +18,7 @@ static void merge_weights(const Merge<A>& x, int64_t first, int64_t n, MergeWeig
     vec<A> e = exp2((apart > 0 ? -apart : apart) * A(LOG2E)), large = 1 / (1 + e), small = e * large;
     store(to.w[0] + i, top == none ? zero : (p >= q ? large : small));
     store(to.w[1] + i, top == none ? zero : (p >= q ? small : large));
-    store(to.lse + i, top == none ? none : top + log(1 + e));
+    store(to.lse + i, top == none ? none : top + log1p(e));
   }
 }
 

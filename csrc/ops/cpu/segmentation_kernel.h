@@ -27,29 +27,6 @@ INLINE f32 exp_of_negative(f32 x) {
 }
 INLINE f64 exp_of_negative(f64 x) { return exp2(x * splat(1.4426950408889634)); }
 
-// log(1 + e) for 0 <= e <= 1, relative error under 2e-7 however small e is.
-INLINE f32 log1p(f32 e) {
-  f32 p = splat(-3.318467578e-3f);  // minimax (Remez) of log1p(e) / e with the first coefficient 1: relative error 5.2e-9
-  p = p * e + splat(2.020456281e-2f);
-  p = p * e + splat(-5.766440397e-2f);
-  p = p * e + splat(1.068055168e-1f);
-  p = p * e + splat(-1.535539427e-1f);
-  p = p * e + splat(1.969539996e-1f);
-  p = p * e + splat(-2.495858734e-1f);
-  p = p * e + splat(3.333051132e-1f);
-  p = p * e + splat(-4.999993276e-1f);
-  p = p * e;
-  return p * e + e;
-}
-
-template <class A>
-INLINE vec<A> atanh_twice(vec<A> s, int terms) {  // 2 atanh(s) = 2 (s + s**3 / 3 + s**5 / 5 + ...)
-  vec<A> square = s * s, p = splat(A(0));
-  for (int k = terms; k >= 0; k--) p = p * square + splat(A(2) / A(2 * k + 1));
-  return p * s;
-}
-INLINE f64 log1p(f64 e) { return atanh_twice<double>(e / (e + splat(2.0)), 16); }  // s <= 1/3: what is left out is under 4e-18
-
 // x as m * 2**n, with m from sqrt(1/2) to sqrt(2); x a normal number above 0.
 template <class A>
 struct Split {

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from minkernels._triton_launch import cdiv, kernel, next_power_of_2
-from minkernels._triton_math import FUSED, INF, LOG2E
+from minkernels._triton_math import FUSED, INF, LOG2E, log1p
 from minkernels.attention._options import merge_like
 
 TILE = 1024  # elements of a block: with 2048 the backward spills for sm_80
@@ -21,7 +21,7 @@ def _weights(LSE1, LSE2, rows, mask):
     large, first = 1.0 / (1.0 + e), a >= b
     small = e * large
     w1, w2 = tl.where(first, large, small), tl.where(first, small, large)
-    return tl.where(none, 0.0, w1), tl.where(none, 0.0, w2), tl.where(none, -INF, top + tl.log(1.0 + e))
+    return tl.where(none, 0.0, w1), tl.where(none, 0.0, w2), tl.where(none, -INF, top + log1p(e))
 
 
 @triton.jit

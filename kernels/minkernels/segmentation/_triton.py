@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from minkernels._triton_launch import cdiv, kernel, next_power_of_2
-from minkernels._triton_math import ASSERT, FUSED, LOG2E, blocks_of, image_and_block
+from minkernels._triton_math import ASSERT, FUSED, LOG2E, blocks_of, image_and_block, log1p
 from minkernels.segmentation._outputs import bce_dice_outputs, sigmoid_loss_outputs
 
 BLOCK = 1024  # elements of a program
@@ -28,26 +28,12 @@ def _exp_of_negative(x):
 
 
 @triton.jit
-def _log1p(e):
-    """For 0 <= e <= 1: minimax (Remez) of log1p(e) / e with the first coefficient 1, relative error 5.2e-9 before rounding."""
-    p = -3.318467578e-3 * e + 2.020456281e-2
-    p = p * e - 5.766440397e-2
-    p = p * e + 1.068055168e-1
-    p = p * e - 1.535539427e-1
-    p = p * e + 1.969539996e-1
-    p = p * e - 2.495858734e-1
-    p = p * e + 3.333051132e-1
-    p = p * e - 4.999993276e-1
-    return p * e * e + e
-
-
-@triton.jit
 def _sigmoid(x):
     """sigmoid(x), sigmoid(-x), log1p(exp(-|x|))"""
     e = _exp_of_negative(-tl.abs(x))
     large = 1.0 / (1.0 + e)
     small = e * large
-    return tl.where(x > 0, large, small), tl.where(x > 0, small, large), _log1p(e)
+    return tl.where(x > 0, large, small), tl.where(x > 0, small, large), log1p(e)
 
 
 @triton.jit

@@ -142,6 +142,32 @@ def test_agrees_with_sdpa():
     torch.testing.assert_close(attention(q, k[:, :2], v[:, :2]), sdpa(q, k[:, :2], v[:, :2], enable_gqa=True))
 
 
+def test_coming_from_flash_attn():
+    """The lines of docs/attention.md that take more than another name."""
+    B, T, H, D, N = 3, 2, 4, 8, 12
+    q, k, v = torch.randn(3, B, T, H, D)
+    k_cache, v_cache = torch.full((2, B, N, H, D), math.nan)
+    n, heads = torch.tensor([0, 5, 10]), lambda *tensors: [t.transpose(1, 2) for t in tensors]
+    for b in range(B):
+        k_cache[b, : n[b]], v_cache[b, : n[b]] = torch.randn(2, n[b], H, D)
+    rows, cols = torch.arange(B)[:, None], n[:, None] + torch.arange(T)
+    k_cache[rows, cols], v_cache[rows, cols] = k, v
+    for causal in (False, True):
+        o = attention(*heads(q, k_cache, v_cache), kv_lens=n + T, causal=causal)
+        for b, m in enumerate(n.tolist()):
+            alone = heads(*(t[b : b + 1, : m + T] for t in (q, k_cache, v_cache)))
+            torch.testing.assert_close(o[b], attention(*alone, causal=causal)[0])
+
+    slopes, lens = torch.rand(B, H), n + T
+    q, k, v = heads(q, k_cache.nan_to_num(), v_cache.nan_to_num())
+    far = attention(q, k, v, kv_lens=lens, causal=True, bias=slopes[..., None, None] * torch.arange(N))
+    distance = -(torch.arange(T)[:, None] + lens[:, None, None, None] - T - torch.arange(N)).abs()
+    torch.testing.assert_close(attention(q, k, v, kv_lens=lens, causal=True, bias=slopes[..., None, None] * distance), far)
+
+    qkv = torch.randn(B, T, 3, H, D)
+    torch.testing.assert_close(attention(*qkv.transpose(1, 3).unbind(2)), attention(*heads(*qkv.unbind(2))))
+
+
 def test_window_is_drawn_right(library):
     """Against the definition, one query and key at a time."""
     q, k, v = make(2, 1, 1, 7, 10, 8, 10)

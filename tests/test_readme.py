@@ -23,11 +23,13 @@ class Model(nn.Module):
 def names():
     corner, logits = torch.rand(50, 2), torch.randn(6, 40, requires_grad=True)
     boxes = torch.cat((corner, corner + 0.2), -1)
+    class_map = torch.randint(5, (2, 8, 8))
+    class_map[0, 0] = 255
     return {
         **dict(torch=torch, nn=nn, F=F, minkernels=minkernels, model=Model(), batch=torch.randn(1, 2, 5, 8)),
         **dict(hidden=torch.randn(2, 3, 16), lm_head=nn.Linear(16, 40), labels=torch.randint(40, (2, 3)), logits=logits),
         **dict(tokens=torch.randint(40, (6,)), weight=torch.rand(5), image_logits=torch.randn(2, 5, 8, 8)),
-        **dict(class_map=torch.randint(5, (2, 8, 8)), anchors=boxes, gts=boxes[:4], pred=boxes.clone().requires_grad_(), boxes=boxes),
+        **dict(class_map=class_map, anchors=boxes, gts=boxes[:4], pred=boxes.clone().requires_grad_(), boxes=boxes),
         **dict(scores=torch.rand(50), classes=torch.randint(3, (50,)), raw=torch.randn(2, 84, 100)),
         **dict(other=nn.Linear(8, 9), x=torch.randn(3, 8), target=torch.randint(9, (3,))),
     }

@@ -1,4 +1,4 @@
-"""nn.Modules over the ops: the same arguments as PyTorch's, where there is one."""
+"""nn.Modules over the ops: PyTorch's names of arguments where there is one, by keyword."""
 
 import math
 

@@ -36,10 +36,11 @@ def attention(
     Shapes: B batch, H heads, Hkv key heads (H a multiple of it), M queries, N keys, D and Dv head dims (1 to 256).
     Args:
         q: (B, H, M, D) float16, bfloat16, float32, or float64 (CPU only); any strides.
-        k: (B, Hkv, N, D), v: (B, Hkv, N, Dv); same dtype and device. Query head h reads key head h // (H // Hkv).
+        k: (B, Hkv, N, D), v: (B, Hkv, N, Dv); same dtype and device. Query head h reads key head h // (H // Hkv). Heads come
+            before the length: tensors in flash_attn's layout, (B, M, H, D), must be transposed, and are not told apart where they fit.
         causal: query i sees no key after i + N - M: aligned to the bottom right, so that decoding works. "top-left": none after
             i, as is_causal of F.scaled_dot_product_attention has it. Where kv_lens is given, its b-th length stands for N.
-        key_mask: (B, N) bool, True where a key may be seen (False is padding), any pattern.
+        key_mask: (B, N) bool, True where a key may be seen (False is padding: the opposite of PyTorch's key_padding_mask), any pattern.
         kv_lens: (B,) int32 or int64, 0 to N (a ValueError else; on a GPU an assert): keys from there on do not exist. NaN or inf in a
             key or value that key_mask or kv_lens hides reaches nothing.
         mask: bool, True where a query sees a key, any shape that broadcasts to (B, H, M, N).
@@ -195,7 +196,7 @@ def _check_qkv(q, k, v, dims, layout):
     if v_shape != k_shape and v_shape[:-1] != k_shape[:-1]:
         raise ValueError(f"v must share all but the head dim with k {tuple(k_shape)}, got {tuple(v_shape)}")
     if k_shape[heads] == 0 or q_shape[heads] % k_shape[heads]:
-        raise ValueError(f"q has {q_shape[heads]} heads, which is no multiple of the {k_shape[heads]} heads of k")
+        raise ValueError(f"q has {q_shape[heads]} heads, no multiple of the {k_shape[heads]} heads of k; q and k must be {layout}")
     if not (1 <= D <= MAX_HEAD_DIM and 1 <= Dv <= MAX_HEAD_DIM):
         raise ValueError(f"the head dims of q and v must be 1 to {MAX_HEAD_DIM}, got {D} and {Dv}")
 
@@ -205,7 +206,7 @@ def _check_tensor(name, t, shape, shown, dtypes, q):
         check_tensor(name, t)  # a nested one has no shape
     if not isinstance(t, Tensor) or t.dtype not in dtypes:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be a {kinds} tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+        raise TypeError(f"{name} must be a tensor of {kinds}, got {getattr(t, 'dtype', type(t).__name__)}")
     if shape is not None and t.shape != shape:
         raise ValueError(f"{name} must be {shown.format(*shape)}, got {tuple(t.shape)}")
     if t.device != q.device:

@@ -216,7 +216,7 @@ def test_input_is_not_changed(library):
 # token_logprobs
 
 
-@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (0, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (5, 7), (2, 3, 7), (0, 7), (70, 7)], ids=str)
 def test_token_logprobs(shape, library):
     x, target = torch.randn(shape, requires_grad=True), torch.randint(0, 7, shape[:-1])
     (logprob, entropy, argmax), lse = token_logprobs(x, target, return_lse=True)
@@ -243,6 +243,24 @@ def test_token_logprobs_of_rows_that_are_ignored_or_masked(library):
     (dx,) = torch.autograd.grad(result.logprob.sum() + result.entropy.sum() + lse.sum(), x)
     assert result.logprob[1] == 0 and result.entropy[1] == 0 and lse[1] == 0 and result.argmax[1] == -1 and (dx[1] == 0).all()
     assert result.logprob[2] == 0 and result.entropy[2] == 0 and lse[2] == x[2, 0] and dx[2].tolist() == [1] + [0] * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 16, 17, 128, 129])
+def test_token_logprobs_of_few_classes(classes, dtype, levels):
+    """Rows that are taken many at a time, and the first that are not: equals, masked classes, and ignored rows, which hold NaN."""
+    x = torch.randn(75, classes).mul_(4).round_()  # the first of equals is the most probable
+    x[:, 1:][torch.rand(75, classes - 1) < 0.3] = -math.inf
+    x, target = x.to(dtype), torch.randint(classes, (75,))
+    exact = x.double().log_softmax(-1)
+    logprob, entropy = exact.gather(-1, target[:, None])[:, 0], -(exact.exp() * exact).nan_to_num().sum(-1)
+    ignored = torch.rand(75) < 0.2
+    x[ignored], target[ignored] = math.nan, -100
+    for _ in levels:
+        found = token_logprobs(x, target)
+        assert torch.equal(found.argmax, torch.where(ignored, -1, exact.argmax(-1)))
+        torch.testing.assert_close(found.logprob.double(), logprob.masked_fill(ignored, 0), rtol=5e-7, atol=5e-7)
+        torch.testing.assert_close(found.entropy.double(), entropy.masked_fill(ignored, 0), rtol=5e-7, atol=5e-7)
 
 
 def test_entropy_where_the_maximum_jumps_by_more_than_a_float_holds(library):

@@ -133,14 +133,14 @@ static bool turn(Softmax& a) {
 }
 
 // Every row, in tasks that depend on the shape alone; the sum of what they return, in their order.
-static double run(Softmax& a, bool rows_only = false) {
+static double run(Softmax& a, bool stats_alone = false) {
   SoftmaxKernels kernels = kernels_at[int(a.logits.dtype)][level()];
   constexpr int64_t elements = 1 << 15;  // of a task
   size_t item = a.logits.dtype == Dtype::f64 ? 8 : 4;
   int64_t tasks, group = 1, tiles = 1;
   size_t scratch = ((1 << 17) + (1 << 13)) * item;  // RowScratch, and the exponentials that are kept
-  a.turned = !rows_only && turn(a);
-  bool positions = a.turned || (!rows_only && a.D >= 8 && a.logits.position == 1 && a.logits.column != 1);
+  a.turned = (!stats_alone || a.argmax) && turn(a);
+  bool positions = a.turned || (!stats_alone && a.D >= 8 && a.logits.position == 1 && a.logits.column != 1);
   if (positions) {
     constexpr int64_t in_cache = 1 << 14;  // elements of a block of classes
     a.class_block = std::min<int64_t>(a.V, 256);

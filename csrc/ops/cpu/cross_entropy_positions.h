@@ -284,6 +284,42 @@ static double plain_positions(const Softmax& a, int64_t b, int64_t first, int64_
   return sum;
 }
 
+// All statistics of rows that are one block, the entropy and the largest class among them.
+template <class T>
+static void write_entropies(const Softmax& a, const Tile<acc_t<T>>& x, int64_t row, int64_t n) {
+  using A = acc_t<T>;
+  constexpr int L = Tile<A>::L;
+  const vec<A> none = splat(A(-__builtin_inf())), cap = splat(A(2000));  // as in add_block
+  for (int64_t i = 0; i < x.lanes; i += L) {
+    vec<A> m = none, largest = {}, d = {}, E = {};
+    for (int64_t k = 0; k < a.V; k++) {
+      vec<A> z = load(x.z + k * x.stride + i);
+      largest = z > m ? splat(A(k)) : largest, m = max(z, m);
+    }
+    vec<A> shift = m > none ? m : vec<A>{};
+    for (int64_t first = 0; first < a.V; first += 16) {  // sums of sums, as in add_classes
+      vec<A> part = {}, E_part = {};
+      for (int64_t k = first; k < min(first + 16, a.V); k++) {
+        vec<A> below = shift - load(x.z + k * x.stride + i), e = exp_of<A>(-below);
+        part += e, E_part += e * (below > cap ? cap : below);
+      }
+      d += part, E += E_part;
+    }
+    store(x.m + i, m), store(x.d + i, d), store(x.U + i, E), store(x.T + i, largest);
+  }
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t label = x.label[i];
+    Row<A> r;
+    if (x.on[i] > 0) {
+      r.m = x.m[i], r.d = x.d[i], r.E = x.U[i], r.argmax = int64_t(x.T[i]);
+      if (label >= 0 && label < a.V) r.rel = r.m - x.z[label * x.stride + i];
+    } else {
+      r.m = 0, r.argmax = -1;
+    }
+    write_stats(a, row + i, r);
+  }
+}
+
 template <class T>
 static double all_positions(const Softmax& a, int64_t b, int64_t first, int64_t n, char* memory) {
   using A = acc_t<T>;
@@ -295,6 +331,11 @@ static double all_positions(const Softmax& a, int64_t b, int64_t first, int64_t 
   if (!a.turned && a.target && !a.coefficients && !weighs_all(a) && a.V <= 64 && a.softcap <= 0 && a.scale == 1 &&
       (!grad || a.grad.position == 1))
     return plain_positions(a, b, first, n, x, logits, grad);
+  if (a.argmax) {
+    read_classes(a, x, logits, 0, a.V, n, x.z);
+    write_entropies<T>(a, x, row, n);
+    return 0;
+  }
   for (int64_t i = 0; i < x.lanes; i++) {
     x.m[i] = -__builtin_inf(), x.d[i] = x.T[i] = x.U[i] = x.rel[i] = x.before[i] = 0;
   }

@@ -59,7 +59,8 @@ def linear_cross_entropy(
     Raises: as cross_entropy; ValueError also for a memory_budget that does not hold one row of logits.
     Deterministic as far as PyTorch's matrix products are: on a CPU their bits may depend on the number of threads.
     A scalar loss forms all gradients in its forward; "none", float16, compiled graphs and a second backward form the logits once more.
-    Source: F.linear_cross_entropy of PyTorch 2.13, of which this has the names and the semantics.
+    Source: F.linear_cross_entropy of PyTorch 2.13, of which this has the names and the semantics; its options=, which choose how it goes
+        by chunks, are memory_budget here.
     """
     input, linear_weight, linear_bias, weight, memory_budget = _check(input, linear_weight, linear_bias, weight, memory_budget, group)
     x = options(-100 if ignore_index is None else ignore_index, label_smoothing, z_loss, softcap, logit_scale)
